@@ -1,0 +1,275 @@
+"""The public classifier: conversation -> encoding -> execution -> verdict."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, overload
+
+from refusal_runtime.bundle import Bundle, Graph, Provider
+from refusal_runtime.conversation import ConversationInput, parse_conversation
+from refusal_runtime.encoding import Encoder, Encoding, Truncation, load_tokenizer
+from refusal_runtime.errors import ConversationError, RefusalRuntimeError
+from refusal_runtime.execution import Logits, open_graph
+from refusal_runtime.hardware import onnxruntime, resolve_threads
+from refusal_runtime.hub import locate
+from refusal_runtime.verdict import Verdict, make_verdict, probabilities
+
+EMBEDDED = Path(__file__).parent / "model"
+
+_PipelineRow: TypeAlias = "dict[str, str | float]"
+_PAD_TOKENS = ("<pad>", "[PAD]")
+_UNSET: Any = object()
+_Started: TypeAlias = "tuple[Encoding, Future[Logits]] | ConversationError"
+
+
+class RefusalClassifier:
+    """Tells whether the last assistant message of a conversation is a refusal.
+
+    Thread-safe, picklable, and usable after a fork.
+
+    Args:
+        model: A bundle's folder or a Hub id `owner/name[@revision]`; the embedded bundle if None.
+        variant: Which graph of the bundle: "int8", "fp32", "fp16", or "auto" by provider.
+        provider: "cpu", "cuda", or "auto": CUDA when this onnxruntime offers it and the bundle
+            has a graph for it, CPU otherwise.
+        threads: CPU threads; None for ORT_INTRA_OP_NUM_THREADS or what the process may use.
+        threshold: Refusal probability, 0 to 1, from which `Verdict.is_refusal` is true; None for
+            the bundle's own.
+        max_length: Token budget of a conversation; None for the bundle's own.
+        truncation: What happens beyond it: "middle" elides older context and the middle of long
+            messages, "head" keeps the first tokens, "error" raises.
+        local_files_only: Never use the network.
+
+    Raises:
+        BundleError: The model is missing or unusable (`HubError` when the Hub is to blame).
+        ProviderError: onnxruntime or the requested provider is unavailable.
+        ValueError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        variant: str = "auto",
+        provider: Literal["auto", "cpu", "cuda"] = "auto",
+        threads: int | None = None,
+        threshold: float | None = None,
+        max_length: int | None = None,
+        truncation: Truncation = "middle",
+        local_files_only: bool = False,
+    ) -> None:
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold should be a probability from 0 to 1, found {threshold!r}")
+        if provider not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"provider should be 'auto', 'cpu' or 'cuda', found {provider!r}")
+        self._options: dict[str, Any] = {
+            "variant": variant, "provider": provider, "threads": threads, "threshold": threshold,
+            "max_length": max_length, "truncation": truncation,
+            "local_files_only": local_files_only,
+        }  # fmt: skip
+        self.threads, self.threads_reason = resolve_threads(threads)
+        offered = "CUDAExecutionProvider" in onnxruntime().get_available_providers()
+        candidates: list[Provider] = ["cuda", "cpu"] if offered else ["cpu"]
+        if provider != "auto":
+            candidates = [provider]
+        self.bundle: Bundle
+        self.graph: Graph
+        for self.provider in candidates:
+            try:
+                self.bundle, self.graph, self.graph_reason = locate(
+                    EMBEDDED if model is None else model,
+                    variant=variant,
+                    provider=self.provider,
+                    local_files_only=local_files_only,
+                )
+                tokenizer = load_tokenizer(self.bundle.folder / "tokenizer.json")
+                self._execution = open_graph(
+                    self.bundle.folder / self.graph.file,
+                    self.provider,
+                    self.threads,
+                    pad_id=next(filter(None, map(tokenizer.token_to_id, _PAD_TOKENS)), 0),
+                )
+                break
+            except RefusalRuntimeError:
+                # "auto" takes CUDA only where it works; the last candidate's error counts.
+                if self.provider == candidates[-1]:
+                    raise
+        self._model = None if model is None else self.bundle.folder
+        self.threshold = self.bundle.threshold if threshold is None else float(threshold)
+        limit = self.bundle.max_length
+        if max_length is not None and not 1 <= max_length <= limit:
+            raise ValueError(f"max_length should be from 1 to {limit}, found {max_length!r}")
+        self.max_length = max_length or limit
+        self._encoder = Encoder(
+            tokenizer, self.bundle.template, max_length=self.max_length, truncation=truncation
+        )
+
+    def classify(self, conversation: ConversationInput) -> Verdict:
+        """Judges one conversation.
+
+        Args:
+            conversation: A list of messages, a mapping with `messages`, `conversations` or
+                `text`, or a string, role-formatted or plain.
+
+        Raises:
+            ConversationError: The conversation cannot be judged; says where, why, what to do.
+        """
+        encoding = self._encode(conversation, None)
+        return self._verdict(encoding, self._execution.run(encoding.ids))
+
+    @overload
+    def stream(
+        self, conversations: Iterable[ConversationInput], *, on_error: Literal["yield"] = ...
+    ) -> Iterator[Verdict | ConversationError]: ...
+    @overload
+    def stream(
+        self, conversations: Iterable[ConversationInput], *, on_error: Literal["raise"]
+    ) -> Iterator[Verdict]: ...
+    def stream(
+        self,
+        conversations: Iterable[ConversationInput],
+        *,
+        on_error: Literal["yield", "raise"] = "yield",
+    ) -> Iterator[Verdict | ConversationError]:
+        """Judges any number of conversations, lazily and in order, in bounded memory.
+
+        A bounded window of the input is read ahead, so that conversations run in parallel,
+        longest first. A verdict does not depend on what else is in the window.
+
+        Args:
+            conversations: Any iterable of what `classify` takes.
+            on_error: "yield" puts a `ConversationError` in the place of each conversation that
+                cannot be judged; "raise" raises it once everything before it has come out.
+        """
+        if on_error not in ("yield", "raise"):
+            raise ValueError(f"on_error should be 'yield' or 'raise', found {on_error!r}")
+        for result in self._stream(conversations):
+            if isinstance(result, ConversationError) and on_error == "raise":
+                raise result
+            yield result
+
+    def __call__(self, inputs: Any, *, top_k: int | None = _UNSET) -> Any:
+        """Answers in the shapes of a transformers text-classification pipeline.
+
+        Args:
+            inputs: One conversation or a list of conversations.
+            top_k: Left out, the best label only; otherwise a list of that many labels, best
+                first, all of them for None.
+
+        Returns:
+            For one string or list of messages `[{"label", "score"}]`, for a list of
+            conversations one `{"label", "score"}` each; with `top_k` a list of these instead.
+
+        Raises:
+            ConversationError: A conversation cannot be judged, named by its row.
+        """
+        if top_k is not _UNSET and top_k is not None and top_k < 1:
+            raise ValueError(f"top_k should be positive or None, found {top_k!r}")
+        several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
+        if several and inputs and all(_is_message(item) for item in inputs):
+            several = False
+        if several:
+            verdicts = self.stream(inputs, on_error="raise")
+            return [self._pipeline_rows(verdict, top_k) for verdict in verdicts]
+        rows = self._pipeline_rows(self.classify(inputs), top_k)
+        # A pipeline wraps the lone answer to a lone text in a list.
+        return [rows] if isinstance(rows, dict) else rows
+
+    def _pipeline_rows(
+        self, verdict: Verdict, top_k: int | None
+    ) -> _PipelineRow | list[_PipelineRow]:
+        if top_k is _UNSET:
+            return {"label": verdict.label, "score": verdict.score}
+        chances = probabilities(verdict.logits, self.bundle.temperature)
+        rows: list[_PipelineRow] = [
+            {"label": label, "score": float(chance)}
+            for label, chance in zip(self.bundle.labels, chances, strict=True)
+        ]
+        rows.sort(key=lambda row: -float(row["score"]))
+        return rows[:top_k]
+
+    def _stream(
+        self, conversations: Iterable[ConversationInput]
+    ) -> Iterator[Verdict | ConversationError]:
+        source = enumerate(conversations)
+        windows: deque[deque[_Started]] = deque()
+        failure: Exception | None = None
+        exhausted = False
+        try:
+            while windows or not exhausted:
+                # The next window is under way before the one in front is waited for.
+                if not exhausted:
+                    chunk: list[tuple[int, ConversationInput]] = []
+                    try:
+                        chunk.extend(itertools.islice(source, self._execution.window))
+                    except Exception as error:  # the caller's; what came before it still comes out
+                        failure = error
+                    exhausted = failure is not None or len(chunk) < self._execution.window
+                    windows.append(self._start(chunk))
+                if len(windows) > 1 or exhausted:
+                    while windows[0]:
+                        yield self._finish(windows[0].popleft())
+                    windows.popleft()
+        finally:
+            for window in windows:
+                for started in window:
+                    if not isinstance(started, ConversationError):
+                        started[1].cancel()
+        if failure is not None:
+            raise failure
+
+    def _start(self, chunk: Sequence[tuple[int, ConversationInput]]) -> deque[_Started]:
+        encoded: list[Encoding | ConversationError] = []
+        for row, conversation in chunk:
+            try:
+                encoded.append(self._encode(conversation, row))
+            except ConversationError as error:
+                encoded.append(error)
+        futures = iter(
+            self._execution.submit([e.ids for e in encoded if not isinstance(e, ConversationError)])
+        )
+        return deque(
+            item if isinstance(item, ConversationError) else (item, next(futures))
+            for item in encoded
+        )
+
+    def _finish(self, started: _Started) -> Verdict | ConversationError:
+        if isinstance(started, ConversationError):
+            return started
+        encoding, future = started
+        return self._verdict(encoding, future.result())
+
+    def _encode(self, conversation: ConversationInput, row: int | None) -> Encoding:
+        parsed = parse_conversation(conversation, self.bundle.template, row=row)
+        return self._encoder.encode(parsed, row=row)
+
+    def _verdict(self, encoding: Encoding, logits: Logits) -> Verdict:
+        return make_verdict(
+            logits,
+            self.bundle,
+            threshold=self.threshold,
+            tokens=len(encoding.ids),
+            truncated=encoding.truncated,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the path and the options; the copy opens its own session."""
+        return _rebuild, (self._model, self._options)
+
+    def __repr__(self) -> str:
+        return (
+            f"RefusalClassifier({self.bundle.name!r}, variant={self.graph.name!r}, "
+            f"provider={self.provider!r}, threads={self.threads})"
+        )
+
+
+def _rebuild(model: Path | None, options: dict[str, Any]) -> RefusalClassifier:
+    return RefusalClassifier(model, **options)
+
+
+def _is_message(item: object) -> bool:
+    return isinstance(item, Mapping) and ("role" in item or "from" in item)
