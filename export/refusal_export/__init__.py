@@ -1,0 +1,8 @@
+"""Turns a PyTorch refusal classifier into optimized, quantized, verified ONNX in one bundle.
+
+`refusal_export.export.export(checkpoint, out, options)` is the command `refusal-export`.
+"""
+
+from refusal_export.errors import ExportError
+
+__all__ = ["ExportError"]

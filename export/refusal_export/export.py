@@ -1,0 +1,216 @@
+"""The whole export: load, prune, trace, fuse, quantize, verify, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from refusal_export import graph as graphs
+from refusal_export.bundle_writer import save_graph, staged, write_bundle
+from refusal_export.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, load_checkpoint
+from refusal_export.embeddings import quantize_word_embedding
+from refusal_export.errors import ExportError
+from refusal_export.half import to_half
+from refusal_export.quantize import quantize_int8
+from refusal_export.verify import (
+    Gate,
+    LogitArray,
+    Measurement,
+    Texts,
+    encode_texts,
+    graph_logits,
+    load_texts,
+    make_encoder,
+    measure,
+    report_failures,
+    stretch,
+    torch_logits,
+)
+from refusal_export.vocabulary import load_pieces, prune
+from refusal_runtime.encoding import IdArray
+from refusal_runtime.hardware import resolve_threads
+
+VARIANTS = ("fp32", "int8", "fp16")
+_FILES = {"fp32": "model.onnx", "int8": "model_int8.onnx", "fp16": "model_fp16.onnx"}
+_PROVIDERS = {"fp32": ["cpu", "cuda"], "int8": ["cpu"], "fp16": ["cuda"]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to make of a checkpoint.
+
+    Attributes:
+        variants: Which of "fp32", "int8", "fp16".
+        vocabulary: Pieces to keep (a file, or a list that comes with the package); None for all.
+        embeddings: How the int8 variant stores word embeddings: "auto" (4 bits where exact, else
+            8), "int4", "int8" or "fp32".
+        evaluation: Labelled JSON Lines to verify on; None for the examples of the package.
+        calibration: JSON Lines for quantization ranges; None for the examples of the package.
+        name: Name of the model; None for the checkpoint's.
+        version: Version of the model.
+        license: SPDX identifier for the model card.
+        refusal_label: Which label means refusal, where the labels do not say.
+        gate: What the graphs must reach.
+        force: Whether to write the bundle though a graph fails, recording the failure.
+    """
+
+    variants: Sequence[str] = VARIANTS
+    vocabulary: str | None = None
+    embeddings: str = "auto"
+    evaluation: Path | None = None
+    calibration: Path | None = None
+    name: str | None = None
+    version: str = "1.0.0"
+    license: str = "MIT"
+    refusal_label: str | None = None
+    gate: Gate = field(default_factory=Gate)
+    force: bool = False
+
+
+def export(
+    checkpoint: str | Path = DEFAULT_CHECKPOINT,
+    out: str | Path = "bundle",
+    options: ExportOptions | None = None,
+) -> dict[str, Any]:
+    """Exports a PyTorch checkpoint to a verified bundle.
+
+    Args:
+        checkpoint: A folder or a Hub id `owner/name[@revision]`.
+        out: The bundle's folder; replaced if it is a bundle already.
+        options: What to make.
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        ExportError: The checkpoint is unusable, or a graph fails verification without `force`.
+    """
+    options = options or ExportOptions()
+    unknown = set(options.variants) - set(VARIANTS)
+    if unknown or not options.variants:
+        raise ExportError(f"variants should be among {', '.join(VARIANTS)}, found {unknown or ''}")
+    if options.embeddings not in ("auto", "int4", "int8", "fp32"):
+        raise ExportError(
+            f"embeddings should be auto, int4, int8 or fp32, not {options.embeddings}"
+        )
+    original = load_checkpoint(checkpoint, refusal=options.refusal_label)
+    loaded = original
+    if options.vocabulary is not None:
+        loaded = prune(original, load_pieces(options.vocabulary))
+    texts = load_texts(options.evaluation or example_file())
+    texts = stretch(texts, make_encoder(loaded), loaded)
+    batch = encode_texts(loaded, texts)
+    reference = torch_logits(loaded.model, batch, title="PyTorch")
+    vocabulary = None
+    if loaded is not original:
+        vocabulary = _compare_vocabularies(original, loaded, texts, batch, reference)
+    traced = graphs.trace(loaded.model)
+    calibration = batch
+    if options.calibration or options.evaluation:
+        # Texts to measure on must not also set the quantization's ranges.
+        calibration = encode_texts(loaded, load_texts(options.calibration or example_file()))
+    threads, _ = resolve_threads(None)
+    entries: dict[str, dict[str, Any]] = {}
+    measurements: dict[str, Measurement] = {}
+    with staged(Path(out)) as folder:
+        for variant in options.variants:
+            graph, recipe = _make(variant, traced, loaded, calibration, options.embeddings)
+            path = folder / "onnx" / _FILES[variant]
+            save_graph(graph, path)
+            measurements[variant] = measure(
+                reference,
+                graph_logits(path, batch, threads, title=variant),
+                batch,
+                texts,
+                precision=variant,
+                refusal_id=loaded.refusal_id,
+                gate=options.gate,
+            )
+            entries[variant] = {
+                "file": f"onnx/{path.name}",
+                "external_data": sorted(
+                    f"onnx/{other.name}" for other in path.parent.glob(f"{path.name}?*")
+                ),
+                "precision": variant,
+                "providers": _PROVIDERS[variant],
+                "opset": next(e.version for e in graph.opset_import if e.domain in ("", "ai.onnx")),
+                "recipe": recipe,
+                "parity": measurements[variant].parity,
+                "accuracy": measurements[variant].accuracy,
+            }
+        failed = report_failures(measurements)
+        if failed and not options.force:
+            raise ExportError(f"verification failed, nothing was written: {failed}")
+        return write_bundle(
+            folder,
+            loaded,
+            name=options.name or loaded.name.rpartition("/")[2],
+            version=options.version,
+            license_name=options.license,
+            graphs=entries,
+            vocabulary=vocabulary,
+            failed=failed,
+        )
+
+
+def example_file() -> Path:
+    """Finds the example conversations: inside the wheel, or in the repository's own folder."""
+    here = Path(__file__).resolve().parent
+    shipped = here / "examples.jsonl"
+    return shipped if shipped.is_file() else here.parents[1] / "examples" / "conversations.jsonl"
+
+
+def _make(
+    variant: str,
+    traced: onnx.ModelProto,
+    checkpoint: Checkpoint,
+    calibration: Sequence[IdArray],
+    embeddings: str,
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Makes one variant of a traced graph; returns it and how it was made."""
+    fused = graphs.fuse(traced, checkpoint.config, embedding=variant == "fp32")
+    recipe: dict[str, Any] = {"fusions": graphs.fusion_counts(fused)}
+    if variant == "fp16":
+        return to_half(fused), {**recipe, "normalizations": "fp32"}
+    if variant == "int8":
+        fused = quantize_int8(fused, calibration=calibration)
+        if embeddings != "fp32":
+            bits = {"auto": None, "int4": 4, "int8": 8}[embeddings]
+            recipe["embeddings"] = quantize_word_embedding(fused, bits=bits)
+    return fused, recipe
+
+
+def _compare_vocabularies(
+    original: Checkpoint,
+    pruned: Checkpoint,
+    texts: Texts,
+    batch: Sequence[IdArray],
+    logits: LogitArray,
+) -> dict[str, Any]:
+    """Measures what pruning changed; only texts with another segmentation need a second run."""
+    before = encode_texts(original, texts)
+    old = original.make_tokenizer()
+    new = pruned.make_tokenizer()
+    changed = [
+        row
+        for row, (ids, other) in enumerate(zip(before, batch, strict=True))
+        if [old.id_to_token(n) for n in ids] != [new.id_to_token(n) for n in other]
+    ]
+    agree = np.ones(len(batch), dtype=bool)
+    if changed:
+        again = torch_logits(original.model, [before[row] for row in changed], title="unpruned")
+        agree[changed] = again.argmax(1) == logits[changed].argmax(1)
+    return {
+        "original": original.config["vocab_size"],
+        "kept": pruned.config["vocab_size"],
+        "source": texts.name,
+        "texts": len(batch),
+        "unchanged": 1 - len(changed) / len(batch),
+        "label_agreement": float(agree.mean()),
+        "more_tokens": sum(map(len, batch)) / sum(map(len, before)) - 1,
+    }
