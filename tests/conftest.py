@@ -16,9 +16,12 @@ SHARED = ROOT.parent / "shared" / "data"
 EXAMPLES = ROOT / "examples" / "conversations.jsonl"
 
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|...|>"]
-WORDS = """the a I you can not cannot sorry help with that is of course here an answer no yes to
-hello world how make what question please ne peux pas désolé aide bonjour не могу помочь привет
-извините नहीं माफ मदद 不 能 可以 帮助 抱歉 你好 できません すみません لا أستطيع آسف مرحبا""".split()
+VOCABULARY = (
+    "the a I you can not cannot sorry help with that is of course here an answer no yes to hello "
+    "world how make what question please ne peux pas désolé aide bonjour не могу помочь привет "
+    "извините नहीं माफ मदद 不 能 可以 帮助 抱歉 你好 できません すみません لا أستطيع آسف مرحبا"
+)
+WORDS = VOCABULARY.split()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -171,6 +171,8 @@ def _load_model(folder: Path, config: dict[str, Any]) -> Any:
     """Loads the weights; refuses to go on with some of them freshly initialized."""
     settings = AutoConfig.from_pretrained(folder)
     _translate_rope(settings, config)
+    if hasattr(settings, "reference_compile"):
+        settings.reference_compile = False  # ModernBERT would compile itself at the first call
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, config=settings, dtype=torch.float32, output_loading_info=True

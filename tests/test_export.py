@@ -1,0 +1,320 @@
+"""The exporter on tiny checkpoints: equal logits, both transformers saves, ModernBERT, the gate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import DATA, EXAMPLES, make_tokenizer, save_tiny_checkpoint
+from safetensors.torch import load_file, save_file
+
+from refusal_export import cli
+from refusal_export.checkpoint import load_checkpoint
+from refusal_export.embeddings import exact_int4, quantize_word_embedding
+from refusal_export.errors import ExportError
+from refusal_export.export import ExportOptions, export
+from refusal_export.graph import check_fusions, fuse, fusion_counts, trace
+from refusal_export.verify import Gate, encode_texts, load_texts, torch_logits
+from refusal_export.vocabulary import load_pieces, prune
+from refusal_runtime import RefusalClassifier
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "please help"}, {"role": "assistant", "content": "I can not"}],
+    [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "yes of course"}],
+]
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_checkpoints_saved_by_transformers_4_and_5_export_to_equal_logits(
+    kind: str, tmp_path: Path
+) -> None:
+    logits = []
+    for version in (4, 5):
+        out = tmp_path / str(version)
+        options = ExportOptions(variants=("fp32", "int8"), force=True)
+        manifest = export(DATA / f"saved-by-transformers-{version}" / kind, out, options)
+        assert manifest["graphs"]["fp32"]["parity"]["max_logit_difference"] < 1e-3
+        for variant in ("fp32", "int8"):
+            classifier = RefusalClassifier(out, variant=variant)
+            logits.append([classifier.classify(row).logits for row in CONVERSATIONS])
+    assert logits[:2] == logits[2:]
+    assert manifest["template"]["newline_after_role"] == (kind == "modernbert")
+
+
+def test_modernbert_keeps_the_rotary_bases_that_transformers_5_saved() -> None:
+    folders = [DATA / f"saved-by-transformers-{version}" / "modernbert" for version in (4, 5)]
+    settings = [load_checkpoint(folder).model.config for folder in folders]
+    for config in settings:
+        assert (config.global_rope_theta, config.local_rope_theta) == (80000.0, 5000.0)
+        assert config.global_attn_every_n_layers == 2
+
+
+def test_bundle_agrees_with_pytorch_and_is_a_hugging_face_folder(
+    tiny_checkpoint: Path, tiny_bundle: Path
+) -> None:
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+    from transformers import AutoTokenizer
+
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    classifier = RefusalClassifier(tiny_bundle, variant="fp32")
+    ids = encode_texts(checkpoint, load_texts(EXAMPLES))
+    reference = torch_logits(checkpoint.model, ids, title="PyTorch")
+    rows = [json.loads(line) for line in EXAMPLES.read_text("utf-8").splitlines()]
+    found = [verdict.logits for verdict in classifier.stream(rows, on_error="raise")]
+    assert np.abs(reference - np.array(found)).max() < 1e-4
+    assert np.ptp(reference) > 0.5, "a model that says the same of everything proves nothing"
+
+    peer = ORTModelForSequenceClassification.from_pretrained(
+        tiny_bundle, subfolder="onnx", file_name="model.onnx"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bundle)
+    text = "<|user|>please help<|assistant|>I can not"
+    output = peer(**tokenizer(text, return_tensors="pt")).logits[0].numpy()
+    assert np.abs(output - np.array(classifier.classify(text).logits)).max() < 1e-5
+
+
+def test_manifest_records_what_was_done(tiny_bundle: Path) -> None:
+    manifest = json.loads((tiny_bundle / "manifest.json").read_text("utf-8"))
+    fusions = manifest["graphs"]["fp32"]["recipe"]["fusions"]
+    assert fusions == {
+        "Attention": 2, "BiasGelu": 2, "SkipLayerNormalization": 4, "EmbedLayerNormalization": 1,
+    }  # fmt: skip
+    parity = manifest["graphs"]["fp32"]["parity"]
+    assert {"32", "64", "128"} <= set(parity["by_length"])
+    assert manifest["labels"] == {"0": "Non-refusal", "1": "Refusal"}
+    assert manifest["refusal_label"] == "Refusal"
+    card = (tiny_bundle / "README.md").read_text("utf-8")
+    assert f"{parity['max_logit_difference']:.2g}" in card
+    assert set(manifest["files"]) == {
+        path.relative_to(tiny_bundle).as_posix()
+        for path in tiny_bundle.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def test_fp16_graph_keeps_normalizations_in_fp32_and_halves_the_weights(tiny_bundle: Path) -> None:
+    graph = onnx.load(str(tiny_bundle / "onnx" / "model_fp16.onnx")).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    norms = [node for node in graph.node if "LayerNormalization" in node.op_type]
+    assert len(norms) == 5
+    for node in norms:
+        weights = [name for name in node.input if name in kinds]
+        assert weights
+        assert {kinds[name] for name in weights} == {onnx.TensorProto.FLOAT}
+    halves = [tensor for tensor in graph.initializer if len(tensor.dims) == 2
+              and tensor.data_type == onnx.TensorProto.FLOAT16]  # fmt: skip
+    assert len(halves) >= 8
+
+
+def test_a_failed_gate_writes_nothing_and_says_why(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(variants=("fp32",), gate=Gate(max_difference=0.0))
+    with pytest.raises(ExportError, match=r"fp32: max \|logit difference\| .* is not below 0"):
+        export(tiny_checkpoint, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_writes_and_records_the_failure(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(variants=("fp32",), gate=Gate(max_difference=0.0), force=True)
+    manifest = export(tiny_checkpoint, tmp_path / "out", options)
+    assert "not below 0" in manifest["verification_failed"]
+    assert "Verification failed" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert RefusalClassifier(tmp_path / "out").classify(CONVERSATIONS[0]).label
+
+
+def test_only_bundles_are_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ExportError, match="is no bundle"):
+        export(tiny_checkpoint, tmp_path, ExportOptions(variants=("fp32",)))
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_missing_fusions_are_an_error(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    traced = trace(checkpoint.model)
+    with pytest.raises(ExportError, match="0 of 2 Attention"):
+        check_fusions(traced, 2, embedding=True)
+    assert fusion_counts(traced) == {}
+    assert fusion_counts(fuse(traced, checkpoint.config, embedding=False))["Attention"] == 2
+
+
+def _copy(source: Path, target: Path, **changes: dict[str, Any]) -> Path:
+    """Copies a checkpoint and updates its JSON files, named by their stem."""
+    shutil.copytree(source, target)
+    for stem, update in changes.items():
+        path = target / f"{stem}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **update}), "utf-8")
+    return target
+
+
+def test_unusable_checkpoints_are_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="neither a folder nor a Hub id"):
+        load_checkpoint(tmp_path / "absent")
+    no_tokenizer = _copy(tiny_checkpoint, tmp_path / "a")
+    (no_tokenizer / "tokenizer.json").unlink()
+    with pytest.raises(ExportError, match=r"has no tokenizer\.json; save the checkpoint's fast"):
+        load_checkpoint(no_tokenizer)
+    with pytest.raises(ExportError, match="different checkpoints"):
+        load_checkpoint(_copy(tiny_checkpoint, tmp_path / "b", config={"vocab_size": 20}))
+    unclear = {"id2label": {"0": "A", "1": "B"}, "label2id": {"A": 0, "B": 1}}
+    with pytest.raises(ExportError, match="--refusal-label"):
+        load_checkpoint(_copy(tiny_checkpoint, tmp_path / "c", config=unclear))
+    assert load_checkpoint(tmp_path / "c", refusal="B").refusal_id == 1
+    headless = _copy(tiny_checkpoint, tmp_path / "d")
+    weights = load_file(headless / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, headless / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"lacks weights \(classifier\.weight"):
+        load_checkpoint(headless)
+
+
+def test_swapped_labels_are_read_not_assumed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    swapped = {"id2label": {"0": "Refusal", "1": "Non-refusal"},
+               "label2id": {"Refusal": 0, "Non-refusal": 1}}  # fmt: skip
+    folder = _copy(tiny_checkpoint, tmp_path / "swapped", config=swapped)
+    export(folder, tmp_path / "out", ExportOptions(variants=("fp32",)))
+    verdict = RefusalClassifier(tmp_path / "out").classify(CONVERSATIONS[0])
+    chance = 1 / (1 + np.exp(verdict.logits[1] - verdict.logits[0]))
+    assert verdict.refusal_probability == pytest.approx(chance)
+
+
+def test_pruning_keeps_the_logits_of_texts_whose_segmentation_is_unchanged(
+    tiny_checkpoint: Path,
+) -> None:
+    original = load_checkpoint(tiny_checkpoint)
+    dropped = {"▁please", "▁désolé", "▁hello"}
+    pieces = {piece for piece, _ in original.tokenizer["model"]["vocab"]} - dropped
+    pruned = prune(original, pieces)
+    assert pruned.config["vocab_size"] == original.config["vocab_size"] - 3
+    texts = load_texts(EXAMPLES)
+    before, after = encode_texts(original, texts), encode_texts(pruned, texts)
+    old, new = original.make_tokenizer(), pruned.make_tokenizer()
+    same = [
+        number
+        for number, (a, b) in enumerate(zip(before, after, strict=True))
+        if [old.id_to_token(i) for i in a] == [new.id_to_token(i) for i in b]
+    ]
+    assert len(same) > 20
+    logits = [
+        torch_logits(checkpoint.model, [ids[number] for number in same], title="")
+        for checkpoint, ids in ((original, before), (pruned, after))
+    ]
+    np.testing.assert_array_equal(*logits)
+    spelled = new.encode("please")
+    assert "".join(spelled.tokens[1:-1]) == "▁please"
+    assert 3 not in spelled.ids
+    role = new.encode("<|assistant|>", add_special_tokens=False)
+    assert role.tokens == ["<|assistant|>"]
+
+
+def test_pruning_keeps_control_tokens_and_single_characters(tiny_checkpoint: Path) -> None:
+    original = load_checkpoint(tiny_checkpoint)
+    pruned = prune(original, [])
+    left = [piece for piece, _ in pruned.tokenizer["model"]["vocab"]]
+    assert all(len(piece.removeprefix("▁")) <= 1 or piece.startswith("<") for piece in left)
+    assert {"<s>", "</s>", "<unk>", "<pad>", "<mask>", "a", "你"} <= set(left)
+    assert len(original.tokenizer["model"]["vocab"]) > len(left), "the original was changed"
+
+
+def test_shipped_list_of_pieces_covers_the_scripts_of_37_languages() -> None:
+    pieces = load_pieces("languages37")
+    assert 100_000 < len(pieces) < 120_000
+    for piece in ("▁the", "▁не", "的", "です", "नहीं", "لا", "ไม่", "ព្រះ", "မြန်မာ", "ગુજરાત", "తెలుగు"):
+        assert any(piece in kept for kept in pieces), piece
+    with pytest.raises(ExportError, match="no list of pieces"):
+        load_pieces("absent")
+
+
+def _blocks(rows: int, *, seed: int = 1) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A table that came from 4-bit blocks of 32: integers times fp16 scales, -8 the extreme."""
+    random = np.random.default_rng(seed)
+    integers = random.integers(-7, 8, (rows, 2, 32))
+    integers[..., 5] = -8
+    scales = random.normal(size=(rows, 2, 1)).astype(np.float16).astype(np.float32)
+    return (integers * scales).astype(np.float32).reshape(rows, 64)
+
+
+def test_four_bit_blocks_are_found_exact() -> None:
+    table = _blocks(50)
+    table[7] = 0
+    integers, scales, leading = exact_int4(table)
+    assert leading == 50
+    back = integers.reshape(50, 2, 32) * scales[..., None]
+    np.testing.assert_array_equal(back.reshape(50, 64), table)
+    table[40, 3] *= 1.01
+    assert exact_int4(table)[2] == 40
+
+
+def _embedding_graph(table: np.ndarray[Any, np.dtype[np.float32]]) -> onnx.ModelProto:
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "input_ids"], ["out"], name="lookup")],
+        "embedding",
+        [helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["b", "s"])],
+        [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, ["b", "s", 64])],
+        [onnx.numpy_helper.from_array(table, "table")],
+    )
+    versions = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=versions, ir_version=10)
+
+
+@pytest.mark.parametrize("tail", [0, 4])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_quantized_embedding_looks_up_the_same_rows(tail: int, bits: int | None) -> None:
+    import onnxruntime
+
+    table = _blocks(90)
+    random = np.random.default_rng(3).normal(size=(tail, 64)).astype(np.float32)
+    table = np.concatenate([table, random]).astype(np.float32)
+    model = _embedding_graph(table)
+    how = quantize_word_embedding(model, bits=bits)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    ids = np.arange(len(table), dtype=np.int64)[None]
+    found = session.run(None, {"input_ids": ids})[0][0]
+    if bits == 8:
+        assert how == "int8 blocks of 32"
+        assert np.abs(found - table).max() < np.abs(table).max() / 127
+    else:
+        assert how.startswith("int4 blocks of 32, exact")
+        assert ("last 4 rows fp32" in how) == bool(tail)
+        np.testing.assert_array_equal(found, table)
+
+
+def test_embedding_that_came_from_no_blocks_gets_eight_bits() -> None:
+    table = np.random.default_rng(0).normal(size=(100, 64)).astype(np.float32)
+    assert quantize_word_embedding(_embedding_graph(table)) == "int8 blocks of 32"
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = save_tiny_checkpoint(tmp_path / "checkpoint", seed=3, layers=1)
+    out = tmp_path / "out"
+    labelled = tmp_path / "eval.jsonl"
+    rows = EXAMPLES.read_text("utf-8").splitlines()[:12]
+    labelled.write_text("\n".join(rows), "utf-8")
+    arguments = [str(checkpoint), str(out), "--variants", "fp32", "--eval", str(labelled),
+                 "--name", "my-model", "--model-version", "2.0.0"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "max |logit difference|" in printed
+    assert "peak memory" in printed
+    manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    assert (manifest["name"], manifest["version"]) == ("my-model", "2.0.0")
+    assert manifest["graphs"]["fp32"]["accuracy"]["texts"] == 12
+    assert manifest["graphs"]["fp32"]["accuracy"]["by_language"]["en"]["texts"] == 4
+    assert cli.main([str(checkpoint), str(out), "--variants", "int4"]) == 1
+    assert "variants should be among" in capsys.readouterr().err
+
+
+def test_exported_weights_do_not_share_memory_with_the_checkpoint(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    before = checkpoint.model.state_dict()["classifier.weight"].clone()
+    trace(checkpoint.model)
+    assert torch.equal(before, checkpoint.model.state_dict()["classifier.weight"])
+    assert make_tokenizer()["added_tokens"] == checkpoint.tokenizer["added_tokens"]
