@@ -60,6 +60,7 @@ def write_bundle(
     name: str,
     version: str,
     license_name: str,
+    notes: str,
     graphs: Mapping[str, dict[str, Any]],
     vocabulary: dict[str, Any] | None,
     failed: str,
@@ -72,6 +73,7 @@ def write_bundle(
         name: Name of the model.
         version: Version of the model.
         license_name: SPDX identifier for the model card.
+        notes: Markdown to append to the model card.
         graphs: The manifest's entry for each variant.
         vocabulary: What pruning did, or None if nothing was pruned.
         failed: What the verification found wrong and `--force` let pass.
@@ -112,7 +114,7 @@ def write_bundle(
         manifest["vocabulary"] = vocabulary
     if failed:
         manifest["verification_failed"] = failed
-    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(manifest, notes), encoding="utf-8")
     manifest["files"] = {
         path.relative_to(folder).as_posix(): {
             "sha256": file_digest(path),

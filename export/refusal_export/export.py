@@ -25,7 +25,6 @@ from refusal_export.verify import (
     encode_texts,
     graph_logits,
     load_texts,
-    make_encoder,
     measure,
     report_failures,
     stretch,
@@ -54,6 +53,7 @@ class ExportOptions:
         name: Name of the model; None for the checkpoint's.
         version: Version of the model.
         license: SPDX identifier for the model card.
+        notes: Markdown file to append to the model card: training data, known weaknesses.
         refusal_label: Which label means refusal, where the labels do not say.
         gate: What the graphs must reach.
         force: Whether to write the bundle though a graph fails, recording the failure.
@@ -67,6 +67,7 @@ class ExportOptions:
     name: str | None = None
     version: str = "1.0.0"
     license: str = "MIT"
+    notes: Path | None = None
     refusal_label: str | None = None
     gate: Gate = field(default_factory=Gate)
     force: bool = False
@@ -102,18 +103,16 @@ def export(
     loaded = original
     if options.vocabulary is not None:
         loaded = prune(original, load_pieces(options.vocabulary))
-    texts = load_texts(options.evaluation or example_file())
-    texts = stretch(texts, make_encoder(loaded), loaded)
+    texts = stretch(load_texts(options.evaluation or example_file()), loaded)
     batch = encode_texts(loaded, texts)
     reference = torch_logits(loaded.model, batch, title="PyTorch")
     vocabulary = None
     if loaded is not original:
         vocabulary = _compare_vocabularies(original, loaded, texts, batch, reference)
     traced = graphs.trace(loaded.model)
-    calibration = batch
-    if options.calibration or options.evaluation:
-        # Texts to measure on must not also set the quantization's ranges.
-        calibration = encode_texts(loaded, load_texts(options.calibration or example_file()))
+    # With an evaluation set, the texts to measure on are never those that set the ranges.
+    calibration_texts = stretch(load_texts(options.calibration or example_file()), loaded)
+    calibration = encode_texts(loaded, calibration_texts)
     threads, _ = resolve_threads(None)
     entries: dict[str, dict[str, Any]] = {}
     measurements: dict[str, Measurement] = {}
@@ -152,6 +151,7 @@ def export(
             name=options.name or loaded.name.rpartition("/")[2],
             version=options.version,
             license_name=options.license,
+            notes=options.notes.read_text(encoding="utf-8") if options.notes else "",
             graphs=entries,
             vocabulary=vocabulary,
             failed=failed,
@@ -179,6 +179,8 @@ def _make(
         return to_half(fused), {**recipe, "normalizations": "fp32"}
     if variant == "int8":
         fused = quantize_int8(fused, calibration=calibration)
+        recipe["weights"] = "int8 in 7 bits, a scale per column, error-compensated (GPTQ)"
+        recipe["activations"] = "uint8, a scale per token, equalized (SmoothQuant)"
         if embeddings != "fp32":
             bits = {"auto": None, "int4": 4, "int8": 8}[embeddings]
             recipe["embeddings"] = quantize_word_embedding(fused, bits=bits)

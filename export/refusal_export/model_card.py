@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
-    """Writes the model card in Markdown with the Hub's YAML header."""
+def model_card(manifest: Mapping[str, Any], notes: str = "") -> str:
+    """Writes the model card in Markdown with the Hub's YAML header, `notes` at its end."""
     roles = manifest["template"]["roles"]
     newline = "\\n" if manifest["template"]["newline_after_role"] else ""
     example = f"{roles['user']}{newline}...{newline}{roles['assistant']}{newline}..."
@@ -45,6 +45,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "The verdict is about declining, not about harm: it must not decide alone about people or "
         "content. The figures above were measured on the texts named beside them and say nothing "
         "about others.",
+        notes.strip(),
     ]
     if "verification_failed" in manifest:
         parts.insert(2, f"**Verification failed**: {manifest['verification_failed']}")

@@ -89,11 +89,12 @@ def load_texts(path: Path) -> Texts:
     )
 
 
-def stretch(texts: Texts, encoder: Encoder, checkpoint: Checkpoint) -> Texts:
+def stretch(texts: Texts, checkpoint: Checkpoint) -> Texts:
     """Adds longer conversations made of several texts, until every length bucket is met.
 
     They carry no label: nobody judged them.
     """
+    encoder = make_encoder(checkpoint)
     filled = set()
     for conversation in texts.conversations:
         parsed = parse_conversation(conversation, checkpoint.template)
@@ -168,9 +169,8 @@ def graph_logits(path: Path, batch: Sequence[IdArray], threads: int, *, title: s
     """Runs a graph through the runtime's own CPU execution; float32, shape (texts, labels)."""
     execution = CpuExecution(path, threads)
     futures = execution.submit(batch)
-    return np.stack(
-        [future.result() for future in tqdm(futures, desc=title, unit="text", leave=False, disable=None)]
-    )
+    progress = tqdm(futures, desc=title, unit="text", leave=False, disable=None)
+    return np.stack([future.result() for future in progress])
 
 
 def measure(

@@ -13,8 +13,8 @@ from refusal_runtime.bundle import Bundle, Graph, Provider
 from refusal_runtime.conversation import ConversationInput, parse_conversation
 from refusal_runtime.encoding import Encoder, Encoding, Truncation, load_tokenizer
 from refusal_runtime.errors import ConversationError, RefusalRuntimeError
-from refusal_runtime.execution import Logits, open_graph
-from refusal_runtime.hardware import onnxruntime, resolve_threads
+from refusal_runtime.execution import Logits, candidates, open_graph
+from refusal_runtime.hardware import resolve_threads
 from refusal_runtime.hub import locate
 from refusal_runtime.verdict import Verdict, make_verdict, probabilities
 
@@ -72,13 +72,11 @@ class RefusalClassifier:
             "local_files_only": local_files_only,
         }  # fmt: skip
         self.threads, self.threads_reason = resolve_threads(threads)
-        offered = "CUDAExecutionProvider" in onnxruntime().get_available_providers()
-        candidates: list[Provider] = ["cuda", "cpu"] if offered else ["cpu"]
-        if provider != "auto":
-            candidates = [provider]
         self.bundle: Bundle
         self.graph: Graph
-        for self.provider in candidates:
+        self.provider: Provider
+        providers = candidates(provider)
+        for self.provider in providers:
             try:
                 self.bundle, self.graph, self.graph_reason = locate(
                     EMBEDDED if model is None else model,
@@ -96,7 +94,7 @@ class RefusalClassifier:
                 break
             except RefusalRuntimeError:
                 # "auto" takes CUDA only where it works; the last candidate's error counts.
-                if self.provider == candidates[-1]:
+                if self.provider == providers[-1]:
                     raise
         self._model = None if model is None else self.bundle.folder
         self.threshold = self.bundle.threshold if threshold is None else float(threshold)

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,24 @@ class Execution(Protocol):
         ...
 
 
+def candidates(provider: Literal["auto", "cpu", "cuda"]) -> list[Provider]:
+    """Returns the providers to try in turn: the one asked for, or for "auto" all on offer.
+
+    Raises:
+        ProviderError: onnxruntime is unusable, or CUDA was asked for and it has no support for it.
+    """
+    found = onnxruntime().get_available_providers()
+    if provider == "cuda" and _CUDA not in found:
+        raise ProviderError(
+            "provider='cuda' was asked for, but this onnxruntime has no CUDA support (providers: "
+            f"{', '.join(found)}); run pip uninstall -y onnxruntime, then "
+            "pip install 'refusal-runtime[gpu]'"
+        )
+    if provider == "auto":
+        return ["cuda", "cpu"] if _CUDA in found else ["cpu"]
+    return [provider]
+
+
 def open_graph(path: Path, provider: Provider, threads: int, pad_id: int) -> Execution:
     """Opens a graph for a provider.
 
@@ -57,7 +75,7 @@ def open_graph(path: Path, provider: Provider, threads: int, pad_id: int) -> Exe
         pad_id: Token id that fills batches on CUDA.
 
     Raises:
-        ProviderError: onnxruntime is unusable, or CUDA was asked for and is not to be had.
+        ProviderError: onnxruntime is unusable, or falls back to another provider.
         BundleError: The file is no graph that onnxruntime can run.
     """
     if provider == "cuda":
@@ -68,15 +86,8 @@ def open_graph(path: Path, provider: Provider, threads: int, pad_id: int) -> Exe
 def open_session(path: Path, providers: Sequence[str], threads: int) -> Any:
     """Opens an onnxruntime session and makes sure that it runs where it was told to."""
     ort = onnxruntime()
-    if _CUDA in providers:
-        if _CUDA not in ort.get_available_providers():
-            raise ProviderError(
-                "provider='cuda' was asked for, but this onnxruntime has no CUDA support "
-                f"(providers: {', '.join(ort.get_available_providers())}); run "
-                "pip uninstall -y onnxruntime, then pip install 'refusal-runtime[gpu]'"
-            )
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # finds the CUDA libraries that pip packages bring
+    if _CUDA in providers and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds the CUDA libraries that pip packages bring
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -1,0 +1,61 @@
+# Each target sets up what it needs in a virtual environment of its own; re-running is fast.
+PYTHON ?= python3
+CHECKPOINT ?= agentlans/multilingual-e5-small-refusal-classifier
+OUT ?= models/bundle
+# What makes the embedded bundle: int8 with a vocabulary pruned to the 37 languages.
+EXPORT_FLAGS ?= --variants int8 --vocabulary languages37
+
+RUN := .venv
+DEV := .venv-dev
+EXPORT := .venv-export
+PIP_FLAGS := --quiet --disable-pip-version-check
+SOURCES := pyproject.toml $(wildcard runtime/refusal_runtime/*.py runtime/refusal_runtime/model/*)
+
+.PHONY: run test lint export bench-accuracy bench-speed clean
+
+run: $(RUN)/.done  ## classify the example conversations with the embedded model
+	$(RUN)/bin/refusal classify --format table examples/conversations.jsonl
+
+test: lint .wheelhouse/.done  ## the full suite
+	$(DEV)/bin/python -m pytest
+
+lint: $(DEV)/.done  ## style and types
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+export: $(EXPORT)/.done  ## CHECKPOINT -> OUT
+	$(EXPORT)/bin/refusal-export $(CHECKPOINT) $(OUT) $(EXPORT_FLAGS)
+
+bench-accuracy: $(DEV)/.done  ## DATA=labelled.jsonl
+	$(DEV)/bin/python benchmarks/accuracy.py $(DATA)
+
+bench-speed: $(DEV)/.done  ## CHECKPOINT=folder DATA=labelled.jsonl
+	$(DEV)/bin/python benchmarks/speed.py $(CHECKPOINT) $(DATA)
+
+$(RUN)/.done: $(SOURCES)
+	$(PYTHON) -m venv $(RUN)
+	$(RUN)/bin/pip install $(PIP_FLAGS) --force-reinstall --no-deps .
+	$(RUN)/bin/pip install $(PIP_FLAGS) '.[cpu]'
+	touch $@
+
+# Editable, so that changes to the code need no new installation.
+$(DEV)/.done: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install $(PIP_FLAGS) -c constraints-dev.txt -e '.[dev]'
+	touch $@
+
+$(EXPORT)/.done: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(EXPORT)
+	$(EXPORT)/bin/pip install $(PIP_FLAGS) -c constraints-dev.txt -e '.[export]'
+	touch $@
+
+# The runtime's dependencies as wheels, so that the test of the built wheel needs no network.
+.wheelhouse/.done: pyproject.toml $(DEV)/.done
+	rm -rf .wheelhouse
+	$(DEV)/bin/pip download $(PIP_FLAGS) -c constraints-dev.txt -d .wheelhouse '.[cpu]'
+	rm -f .wheelhouse/refusal_runtime*
+	touch $@
+
+clean:
+	rm -rf $(RUN) $(DEV) $(EXPORT) .wheelhouse
