@@ -23,9 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parser().parse_args(arguments)
     # PyTorch and transformers take seconds to import: only now that they are really needed.
-    from refusal_export.export import ExportOptions, export
-    from refusal_export.verify import Gate
-
+    try:
+        from refusal_export.export import ExportOptions, export
+        from refusal_export.verify import Gate
+    except ImportError as error:
+        print(
+            f"refusal-export: {error}; run pip install 'refusal-runtime[export]'", file=sys.stderr
+        )
+        return 1
     try:
         manifest = export(
             options.checkpoint,

@@ -218,7 +218,8 @@ def refusal_label(labels: Iterable[str]) -> int | None:
 
 def _verify_file(folder: Path, name: str, digest: str, size: int) -> None:
     path = folder / name
-    again = "fetch or export the model again"
+    # A Hub cache would serve the same blob again, so it is that which has to go.
+    again = f"delete {path.resolve()} and fetch the model again, or export it again"
     try:
         found = path.stat().st_size
         if found != size:
@@ -263,6 +264,18 @@ class _Fields:
             raise self.error(self.prefix + name, wanted, found)
         return found
 
+    def strings(self, name: str, default: list[str] | None = None) -> tuple[str, ...]:
+        found = self.value.get(name, default)
+        if not isinstance(found, list) or not all(isinstance(x, str) and x for x in found):
+            raise self.error(self.prefix + name, "a list of strings", found)
+        return tuple(found)
+
+    def token(self, name: str) -> str:
+        found = self.value.get(name)
+        if not isinstance(found, str) or not found:
+            raise self.error(self.prefix + name, "a token", found)
+        return found
+
     def within(self, name: str) -> _Fields:
         return _Fields(self.path, self.value.get(name), f"{self.prefix}{name}.")
 
@@ -300,9 +313,9 @@ def _from_manifest(folder: Path, manifest: dict[str, Any]) -> Bundle:
             name,
             entry.file("file", record.get("file")),
             entry.get("precision", str, "a precision such as 'int8'"),
-            tuple(entry.get("providers", list, "a list of providers")),
+            entry.strings("providers"),
             entry.get("opset", int, "an opset number"),
-            tuple(entry.file("external_data", item) for item in record.get("external_data", [])),
+            tuple(entry.file("external_data", x) for x in entry.strings("external_data", [])),
             {key: record[key] for key in ("parity", "accuracy", "recipe") if key in record},
         )
         for file in graph.files:
@@ -320,9 +333,6 @@ def _from_manifest(folder: Path, manifest: dict[str, Any]) -> Bundle:
         raise top.error("refusal_label", f"one of {', '.join(labels)}", refusal)
     shape = top.within("template")
     roles = shape.within("roles")
-    ellipsis = shape.value.get("ellipsis")
-    if ellipsis is not None and not isinstance(ellipsis, str):
-        raise shape.error("template.ellipsis", "a token or null", ellipsis)
     calibration = top.within("calibration")
     temperature = calibration.get("temperature", float, "a number above 0")
     threshold = top.get("threshold", float, "a probability")
@@ -342,8 +352,8 @@ def _from_manifest(folder: Path, manifest: dict[str, Any]) -> Bundle:
         refusal_id=labels.index(refusal),
         max_length=max_length,
         template=Template(
-            {role: roles.get(role, str, "a role token") for role in ROLES},
-            ellipsis,
+            {role: roles.token(role) for role in ROLES},
+            None if shape.value.get("ellipsis") is None else shape.token("ellipsis"),
             shape.get("newline_after_role", bool, "true or false"),
         ),
         temperature=temperature,

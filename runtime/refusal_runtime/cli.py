@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     classify.add_argument(
         "files", nargs="*", metavar="FILE",
-        help="JSON Lines, a JSON array, .csv or .parquet, each possibly .gz; none or -: stdin",
+        help="JSON Lines, a JSON array or .csv, each possibly .gz, or .parquet; none or -: stdin",
     )  # fmt: skip
     classify.add_argument("--text", help="judge this one string instead of files")
     classify.add_argument(
@@ -160,6 +160,9 @@ def _classify(options: argparse.Namespace) -> int:
     if options.text is not None and options.files:
         raise InputError("give either --text or files, not both")
     names = options.files or [STDIN]
+    for name in names:
+        if name != STDIN and not Path(name).exists():
+            raise InputError(f"{name} does not exist")
     if options.output and any(_same_file(options.output, name) for name in names):
         raise InputError(f"--output {options.output} is also an input")
     classifier = _load(
@@ -225,7 +228,9 @@ def _open_output(name: str | None, stack: contextlib.ExitStack) -> IO[str]:
     if name is None:
         return sys.stdout
     try:
-        return stack.enter_context(open(name, "w", encoding="utf-8", newline=""))
+        return stack.enter_context(
+            open(name, "w", encoding="utf-8", errors="backslashreplace", newline="")
+        )
     except OSError as error:
         raise InputError(f"{name} cannot be written: {error}") from error
 

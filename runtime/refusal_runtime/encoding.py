@@ -80,7 +80,7 @@ class Encoder:
         self._tokenizer = tokenizer
         plain = tokenizer.encode("a", add_special_tokens=False).ids
         framed = tokenizer.encode("a").ids
-        start = next(at for at in range(len(framed)) if framed[at : at + len(plain)] == plain)
+        start = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), 0)
         self._prefix, self._suffix = framed[:start], framed[start + len(plain) :]
         self._markers: dict[str | None, list[int]] = {None: []}
         for role, token in template.roles.items():

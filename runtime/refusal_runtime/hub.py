@@ -69,7 +69,10 @@ class _Repository:
 
     def bundle(self, variant: str, provider: Provider) -> tuple[Bundle, Graph, str]:
         folder = self.cached() or self.download(_SMALL_FILES)
-        if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        # The cache may hold what some other tool fetched: enough of it only with a description.
+        described = (folder / MANIFEST).is_file() or any(folder.rglob("*.onnx"))
+        needed = ("config.json", "tokenizer.json")
+        if not described or not all((folder / name).is_file() for name in needed):
             folder = self.download(_SMALL_FILES)
         # The snapshot's folder is named by its commit: from here on all files are of one revision.
         self.revision = folder.name
@@ -95,23 +98,29 @@ class _Repository:
         """Completes a snapshot without a manifest by choosing among the repository's graphs."""
         present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.onnx"))]
         try:
-            graph, _ = choose_graph(discover_graphs(present), variant, provider, where=self.name)
+            choice = choose_graph(discover_graphs(present), variant, provider, where=self.name)
         except BundleError:
             listed = discover_graphs(self.list_graphs())
-            graph, _ = choose_graph(listed, variant, provider, where=self.name)
+            choice = choose_graph(listed, variant, provider, where=self.name)
+            graph = choice[0]
             folder = self.download((graph.file, f"{graph.file}_data*", f"{graph.file}.data*"))
-        bundle = replace(load_bundle(folder), name=self.name)
-        return bundle, *bundle.choose(variant, provider)
+        bundle = load_bundle(folder)
+        # Named as the repository names it, whatever else of it is present.
+        graphs = {**bundle.graphs, choice[0].name: choice[0]}
+        return replace(bundle, name=self.name, graphs=graphs), *choice
 
     def cached(self) -> Path | None:
         """Returns the cached snapshot's folder, complete or not."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub import try_to_load_from_cache
 
         try:
-            return Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return None
+            for name in (MANIFEST, "config.json", "tokenizer.json"):
+                path = try_to_load_from_cache(self.name, name, revision=self.revision)
+                if isinstance(path, str):
+                    return Path(path).parent
+        except ValueError as error:  # not a valid repository name
+            raise self.failure(error) from error
+        return None
 
     def download(self, patterns: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download

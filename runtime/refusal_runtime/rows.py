@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,8 +49,9 @@ class Row:
 def read_rows(name: str) -> Iterator[Row]:
     """Reads one input, by its file name extension (.gz is unpacked on the way).
 
-    .csv and .parquet are tables with a `messages` or `conversations` column (JSON or nested), or
-    a `text` column; everything else is JSON Lines, or one JSON array of conversations.
+    .csv and .parquet (this not packed) are tables with a `messages` or `conversations` column,
+    JSON or nested, or a `text` column; everything else is JSON Lines, or one JSON array of
+    conversations.
 
     Raises:
         InputError: The input cannot be opened, or is of a kind that needs an absent package.
@@ -78,36 +81,34 @@ def _open(name: str) -> BinaryIO:
 def _json(handle: BinaryIO) -> Iterator[Row]:
     """Reads JSON Lines in constant memory, or a JSON array at once.
 
-    A file whose first line is no complete JSON value, or the only one and an array of
-    conversations rather than of messages, is taken for one array.
+    A file that begins with a bracket is one array if it parses as such, unless its first line is
+    a list of messages by itself or further lines follow it.
     """
     first = handle.readline()
-    opening = first.removeprefix(b"\xef\xbb\xbf").strip()
-    if opening.startswith(b"["):
+    opening = first.removeprefix(b"\xef\xbb\xbf")
+    lines = itertools.chain([opening] if first else [], handle)
+    if opening.strip().startswith(b"["):
         second = handle.readline()
         complete = _loads(opening)
-        if not isinstance(complete, list) or (not second.strip() and _is_array_of_rows(complete)):
-            whole = _loads(b"".join((opening, b"\n", second, handle.read())))
+        if isinstance(complete, list) and (second.strip() or not _is_array_of_rows(complete)):
+            lines = itertools.chain([opening, second] if second else [opening], handle)
+        else:
+            everything = opening + second + handle.read()
+            whole = _loads(everything)
             if isinstance(whole, list):
                 yield from (_row(number, item) for number, item in enumerate(whole, 1))
                 return
-            if not isinstance(complete, list) and not second:
-                yield Row(1, None, error=f"not valid JSON: {whole}")
-                return
-            raise InputError(f"the input begins like a JSON array but is not valid JSON: {whole}")
-        lines: Iterator[bytes] = iter((opening, second) if second else (opening,))
-    else:
-        lines = iter((opening,) if first else ())
-    number = 0
-    for source in (lines, handle):
-        for line in source:
-            number += 1
-            value = _loads(line)
-            if isinstance(value, ValueError):
-                blank = not line.strip()
-                yield Row(number, None, error="empty line" if blank else f"not valid JSON: {value}")
-            else:
-                yield _row(number, value)
+            alone = isinstance(complete, list) or not isinstance(_loads(second), ValueError)
+            if second and not alone:
+                raise InputError(f"the input begins like a JSON array but is not one: {whole}")
+            lines = itertools.chain(io.BytesIO(everything))
+    for number, line in enumerate(lines, 1):
+        value = _loads(line)
+        if isinstance(value, ValueError):
+            problem = f"not valid JSON: {value}" if line.strip() else "empty line"
+            yield Row(number, None, error=problem)
+        else:
+            yield _row(number, value)
 
 
 def _loads(data: bytes) -> Any:
@@ -131,9 +132,12 @@ def _row(number: int, value: Any) -> Row:
 
 def _csv(handle: BinaryIO) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    for number, record in enumerate(csv.DictReader(text), 1):
-        yield _table_row(number, {key: value for key, value in record.items() if key is not None})
+    with io.TextIOWrapper(
+        handle, encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as text:
+        for number, record in enumerate(csv.DictReader(text), 1):
+            named = {key: value for key, value in record.items() if key is not None}
+            yield _table_row(number, named)
 
 
 def _parquet(name: str) -> Iterator[Row]:
@@ -156,12 +160,14 @@ def _table_row(number: int, record: dict[str, Any]) -> Row:
     """A row of a table, whose conversation column may hold JSON text."""
     for key in ("messages", "conversations"):
         cell = record.get(key)
-        if isinstance(cell, str) and cell:
+        if isinstance(cell, str) and cell.strip():
             value = _loads(cell.encode("utf-8", "surrogatepass"))
             if isinstance(value, ValueError):
                 return Row(number, None, record, f"column {key!r} is not valid JSON: {value}")
             return Row(number, {key: value}, record)
-    chosen = {key: record[key] for key in _CONVERSATION_KEYS if record.get(key) is not None}
+    # An empty cell of a messages column says nothing; an empty text is one, and an error.
+    given = {key: record[key] for key in _CONVERSATION_KEYS if record.get(key) is not None}
+    chosen = {key: cell for key, cell in given.items() if key == "text" or cell != ""}
     return Row(number, chosen or record, record)
 
 
@@ -181,6 +187,7 @@ def result_fields(
         fields["file"] = file
     fields["id"] = row.fields.get("id")
     if isinstance(result, Verdict):
+        fields.pop("error", None)  # the input's own would look like ours
         fields.update(
             label=result.label,
             score=result.score,
@@ -196,14 +203,25 @@ def result_fields(
     return fields
 
 
-def dump_json(fields: Mapping[str, Any]) -> str:
-    """Serializes one output row on one line; text that is no valid UTF-8 stays escaped."""
-    text = json.dumps(fields, ensure_ascii=False, default=str)
+def dump_json(fields: Mapping[str, Any] | Sequence[Any]) -> str:
+    """Serializes an output row or cell on one line; text that is not valid UTF-8 stays escaped."""
     try:
+        text = json.dumps(fields, ensure_ascii=False, allow_nan=False, default=str)
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return json.dumps(fields, default=str)
+        return json.dumps(_finite(fields), default=str)
+    except ValueError:  # NaN or infinity, which Python reads and JSON does not know
+        return dump_json(_finite(fields))
     return text
+
+
+def _finite(value: Any) -> Any:
+    """Replaces numbers that JSON does not know by null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Writer:
@@ -233,17 +251,34 @@ class ArrayWriter(Writer):
 
 
 class CsvWriter(Writer):
-    """CSV with a header; nested fields kept by `--keep` are written as JSON."""
+    """CSV with a header; nested fields kept by `--keep` are written as JSON.
 
-    _columns: Sequence[str] = ()
+    The columns are those of the first judged row; rows before it wait for them.
+    """
+
+    def __init__(self, out: IO[str]) -> None:
+        super().__init__(out)
+        self._columns: Sequence[str] = ()
+        self._waiting: list[Mapping[str, Any]] = []
 
     def write(self, row: Row, fields: Mapping[str, Any]) -> None:
+        self._waiting.append(fields)
+        if self._columns or "error" not in fields:
+            self._flush()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+
+    def _flush(self) -> None:
         writer = csv.writer(self.out, lineterminator="\n")
         if not self._columns:
-            kept = (key for key in fields if key not in _RESULT_COLUMNS)
+            kept = (key for key in self._waiting[-1] if key not in _RESULT_COLUMNS)
             self._columns = [*kept, *_RESULT_COLUMNS]
             writer.writerow(self._columns)
-        cells = (fields.get(column) for column in self._columns)
-        writer.writerow(
-            [json.dumps(cell) if isinstance(cell, (dict, list)) else cell for cell in cells]
-        )
+        for fields in self._waiting:
+            cells = (fields.get(column) for column in self._columns)
+            writer.writerow(
+                [dump_json(cell) if isinstance(cell, (dict, list)) else cell for cell in cells]
+            )
+        self._waiting = []

@@ -7,6 +7,9 @@ import unicodedata
 from collections.abc import Mapping
 from typing import IO, Any
 
+from refusal_runtime.bundle import DEFAULT_TEMPLATE
+from refusal_runtime.conversation import parse_conversation
+from refusal_runtime.errors import ConversationError
 from refusal_runtime.rows import Row, Writer
 
 _HEADER = ("id", "label", "score", "tokens", "reply")
@@ -40,18 +43,11 @@ class TableWriter(Writer):
 
 
 def _reply(value: Any) -> str:
-    """The text that was judged, as far as it can be shown without parsing again."""
-    if isinstance(value, Mapping):
-        value = next(value[k] for k in ("messages", "conversations", "text") if value.get(k))
-    if isinstance(value, str):
-        return value.rpartition("|>")[2] or value
-    for message in reversed(value):
-        if message.get("role", message.get("from")) in ("assistant", "gpt"):
-            text = message.get("content") or message.get("value") or message.get("refusal") or ""
-            if isinstance(text, list):
-                text = " ".join(p.get("text", "") if isinstance(p, dict) else p for p in text)
-            return str(text)
-    return ""
+    """The text that was judged."""
+    try:
+        return " … ".join(parse_conversation(value, DEFAULT_TEMPLATE).messages[-1].parts)
+    except ConversationError:  # the model's own template reads it differently
+        return ""
 
 
 def _fit(text: str, width: int) -> str:
