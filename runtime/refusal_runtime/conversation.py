@@ -36,7 +36,10 @@ ROLE_ALIASES: Mapping[str, str] = {
     "function_call": "assistant",
 }
 
-_TEXT_PARTS = {"text", "input_text", "output_text"}
+# Types of content parts that hold text, by the key that holds it.
+_TEXT_PARTS = {
+    "text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
+}  # fmt: skip
 # The classifier reads text only; these parts are legitimate and silently passed over.
 _MEDIA_PARTS = {
     "image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file",
@@ -163,10 +166,9 @@ class _Parser:
         place = f"{place}.{text_key}"
         text = self.content(item.get(text_key), place)
         if role == "assistant":
-            refusal = item.get("refusal")
-            if refusal is not None:
-                refused = self.content(refusal, f"{place.rpartition('.')[0]}.refusal")
-                text = refused if not text else f"{text}\n{refused}"
+            refused = self.content(item.get("refusal"), f"{place.rpartition('.')[0]}.refusal")
+            if refused and refused.strip():
+                text = f"{text}\n{refused}" if text else refused
             if not text and (item.get("tool_calls") or item.get("function_call")):
                 return role, None
         if text is None:
@@ -175,37 +177,38 @@ class _Parser:
                 "no content" if text_key not in item else "content is null",
                 "give the message's text, or leave the message out",
             )
-        self.check(text, place)
-        return role, text
+        return role, self.filled(text, place)
 
     def content(self, value: object, place: str) -> str | None:
         """Returns the text of OpenAI's content shapes: a string, null, or a list of parts."""
-        if value is None or isinstance(value, str):
-            return value
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return self.readable(value, place)
         if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray)):
             raise self.error(place, f"found {_kind(value)}", "give a string or a list of parts")
         texts = []
         for index, part in enumerate(value):
             spot = f"{place}[{index}]"
             if isinstance(part, str):
-                texts.append(part)
+                texts.append(self.readable(part, spot))
                 continue
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind in _MEDIA_PARTS:
+            if isinstance(kind, str) and kind in _MEDIA_PARTS:
                 continue
-            key = "text" if kind in _TEXT_PARTS else "refusal" if kind == "refusal" else None
+            key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
             if not isinstance(part, Mapping) or key is None:
                 found = f"a part of type {kind!r:.40}" if kind else _kind(part)
                 raise self.error(spot, f"found {found}", "give parts {'type': 'text', 'text': ...}")
             text = part.get(key)
             if not isinstance(text, str):
                 raise self.error(f"{spot}.{key}", f"found {_kind(text)}", "give a string")
-            texts.append(text)
+            texts.append(self.readable(text, f"{spot}.{key}"))
         return "\n".join(texts)
 
     def string(self, text: str, place: str) -> Conversation:
         """Parses a role-formatted string; one without role tokens is taken as it stands."""
-        self.check(text, place)
+        self.filled(self.readable(text, place), place)
         names = {token: role for role, token in self.template.roles.items()}
         pattern = "|".join(re.escape(token) for token in sorted(names, key=len, reverse=True))
         opening, *pieces = re.split(f"({pattern})", text)
@@ -232,14 +235,18 @@ class _Parser:
     def split(self, text: str) -> tuple[str, ...]:
         return tuple(text.split(self.template.ellipsis)) if self.template.ellipsis else (text,)
 
-    def check(self, text: str, place: str) -> None:
-        """Refuses text that no tokenizer should see."""
+    def filled(self, text: str, place: str) -> str:
+        """Refuses empty text."""
         if not text.strip():
             raise self.error(
                 place,
                 "the text is empty" if not text else "the text is only white space",
                 "give the message's text, or leave the message out",
             )
+        return text
+
+    def readable(self, text: str, place: str) -> str:
+        """Refuses text that no tokenizer should see."""
         at = text.find("\0")
         if at >= 0:
             raise self.error(place, f"NUL character at position {at}", "remove it")
@@ -251,6 +258,7 @@ class _Parser:
                 f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start}",
                 "decode the text properly, or replace it by U+FFFD",
             ) from None
+        return text
 
 
 def _kind(value: object) -> str:
