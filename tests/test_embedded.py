@@ -28,13 +28,14 @@ def test_it_fits_in_a_wheel() -> None:
 
 
 def test_golden_logits(embedded: RefusalClassifier, example_rows: list[dict[str, Any]]) -> None:
-    # Integer sums are exact everywhere; what differs between instruction sets is the rounding of
-    # a few activations by one level.
+    # Integer sums are exact everywhere. Floating-point operations differ in their last bits between
+    # instruction sets, which moves some activations by one level: up to 0.11 in 53 texts between
+    # AVX-512 with VNNI and AVX2 without. Saturation, or a wrong graph, would be far beyond that.
     golden = json.loads(GOLDEN.read_text("utf-8"))
     assert len(golden) == len(example_rows)
     for row in example_rows:
         verdict = embedded.classify(row)
-        np.testing.assert_allclose(verdict.logits, golden[row["id"]], atol=0.05, err_msg=row["id"])
+        np.testing.assert_allclose(verdict.logits, golden[row["id"]], atol=0.25, err_msg=row["id"])
 
 
 def test_verdicts_of_the_examples(
