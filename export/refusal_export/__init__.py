@@ -4,5 +4,8 @@
 """
 
 from refusal_export.errors import ExportError
+from refusal_runtime.hardware import silence_telemetry
+
+silence_telemetry()
 
 __all__ = ["ExportError"]

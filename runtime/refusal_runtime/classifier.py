@@ -90,13 +90,14 @@ class RefusalClassifier:
                     self.provider,
                     self.threads,
                     pad_id=next(filter(None, map(tokenizer.token_to_id, _PAD_TOKENS)), 0),
+                    max_length=self.bundle.max_length,
                 )
                 break
             except RefusalRuntimeError:
                 # "auto" takes CUDA only where it works; the last candidate's error counts.
                 if self.provider == providers[-1]:
                     raise
-        self._model = None if model is None else self.bundle.folder
+        self._model = None if model is None else self.bundle.folder.absolute()
         self.threshold = self.bundle.threshold if threshold is None else float(threshold)
         limit = self.bundle.max_length
         if max_length is not None and not 1 <= max_length <= limit:
@@ -142,13 +143,15 @@ class RefusalClassifier:
             conversations: Any iterable of what `classify` takes.
             on_error: "yield" puts a `ConversationError` in the place of each conversation that
                 cannot be judged; "raise" raises it once everything before it has come out.
+
+        Raises:
+            ValueError: `on_error` is unknown, or a single conversation was given.
         """
         if on_error not in ("yield", "raise"):
             raise ValueError(f"on_error should be 'yield' or 'raise', found {on_error!r}")
-        for result in self._stream(conversations):
-            if isinstance(result, ConversationError) and on_error == "raise":
-                raise result
-            yield result
+        if isinstance(conversations, (str, Mapping)):
+            raise ValueError("stream takes an iterable of conversations; use classify for one")
+        return self._stream(conversations, raising=on_error == "raise")
 
     def __call__(self, inputs: Any, *, top_k: int | None = _UNSET) -> Any:
         """Answers in the shapes of a transformers text-classification pipeline.
@@ -159,8 +162,9 @@ class RefusalClassifier:
                 first, all of them for None.
 
         Returns:
-            For one string or list of messages `[{"label", "score"}]`, for a list of
-            conversations one `{"label", "score"}` each; with `top_k` a list of these instead.
+            For one string or list of messages `[{"label", "score"}]`, for a mapping the bare
+            `{"label", "score"}`, for a list of conversations one of these each; with `top_k` a
+            list of them instead.
 
         Raises:
             ConversationError: A conversation cannot be judged, named by its row.
@@ -175,7 +179,7 @@ class RefusalClassifier:
             return [self._pipeline_rows(verdict, top_k) for verdict in verdicts]
         rows = self._pipeline_rows(self.classify(inputs), top_k)
         # A pipeline wraps the lone answer to a lone text in a list.
-        return [rows] if isinstance(rows, dict) else rows
+        return [rows] if isinstance(rows, dict) and not isinstance(inputs, Mapping) else rows
 
     def _pipeline_rows(
         self, verdict: Verdict, top_k: int | None
@@ -191,7 +195,7 @@ class RefusalClassifier:
         return rows[:top_k]
 
     def _stream(
-        self, conversations: Iterable[ConversationInput]
+        self, conversations: Iterable[ConversationInput], *, raising: bool
     ) -> Iterator[Verdict | ConversationError]:
         source = enumerate(conversations)
         windows: deque[deque[_Started]] = deque()
@@ -210,7 +214,10 @@ class RefusalClassifier:
                     windows.append(self._start(chunk))
                 if len(windows) > 1 or exhausted:
                     while windows[0]:
-                        yield self._finish(windows[0].popleft())
+                        result = self._finish(windows[0].popleft())
+                        if raising and isinstance(result, ConversationError):
+                            raise result
+                        yield result
                     windows.popleft()
         finally:
             for window in windows:

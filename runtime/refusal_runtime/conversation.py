@@ -214,7 +214,7 @@ class _Parser:
         opening, *pieces = re.split(f"({pattern})", text)
         if not pieces:
             return Conversation((Message(None, self.split(text)),))
-        messages = [Message(None, self.split(opening))] if opening.strip() else []
+        messages = [Message(None, self.split(opening))] if opening else []
         last = -1
         for token, content in zip(pieces[::2], pieces[1::2], strict=True):
             if names[token] == "assistant":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,6 +59,7 @@ class Encoder:
 
     Raises:
         ValueError: `truncation` is unknown or `max_length` leaves no room for any text.
+        BundleError: The tokenizer is of an unknown kind.
     """
 
     def __init__(
@@ -80,7 +81,10 @@ class Encoder:
         self._tokenizer = tokenizer
         plain = tokenizer.encode("a", add_special_tokens=False).ids
         framed = tokenizer.encode("a").ids
-        start = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), 0)
+        starts = [at for at in range(len(framed)) if framed[at : at + len(plain)] == plain]
+        if not plain or not starts:
+            raise BundleError("the tokenizer does not frame text with control tokens as expected")
+        start = starts[0]
         self._prefix, self._suffix = framed[:start], framed[start + len(plain) :]
         self._markers: dict[str | None, list[int]] = {None: []}
         for role, token in template.roles.items():
@@ -88,7 +92,8 @@ class Encoder:
         self._ellipsis: list[int] = []
         if template.ellipsis is not None:
             self._ellipsis = tokenizer.encode(template.ellipsis, add_special_tokens=False).ids
-        self._spelling, self._unknown = _control_spelling(tokenizer)
+        tokens = {template.ellipsis, *template.roles.values()}
+        self._spelling, self._unknown = _control_spelling(tokenizer, tokens)
         tokenizer.encode_special_tokens = True
         longest = max(map(len, self._markers.values()))
         least = len(self._prefix) + len(self._suffix) + longest + 3
@@ -142,11 +147,16 @@ class Encoder:
         if self._spelling.keys().isdisjoint(ids):
             return ids
         plain: list[int] = []
+        unknown, name = self._unknown
         for number, token in zip(ids, encoding.tokens, strict=True):
-            # The unknown id is right for a character that no piece covers; the token's text is
-            # then that character. Only where it is the control token's own was this spelled out.
-            genuine = number == self._unknown[0] and token != self._unknown[1]
-            plain.extend([number] if genuine else self._spelling.get(number, [number]))
+            if number != unknown:
+                plain.extend(self._spelling.get(number, [number]))
+                continue
+            # Unigram fuses neighbouring unknowns; between spelled-out names of the unknown token
+            # stand characters that no piece covers, for which the unknown id is right.
+            for position, rest in enumerate(token.split(name)):
+                plain.extend(self._spelling[unknown] if position else [])
+                plain.extend([unknown] if rest else [])
         return plain
 
     def _shorten(self, segments: list[_Segment], room: int) -> list[_Segment]:
@@ -169,6 +179,10 @@ class Encoder:
             if share == len(request.ids) or share >= 3:
                 keep[id(request)] = share
                 space -= len(request.marker) + share
+            else:  # too little for the request to say anything: back to the judged message
+                more = min(len(judged.ids) - keep[id(judged)], space)
+                keep[id(judged)] += more
+                space -= more
         rest = [s for s in segments if s is not judged and s is not request]
         # Oldest first, the system prompt after all turns: the order in which they may go.
         leaving = sorted(rest, key=lambda segment: segment.role == "system")
@@ -193,12 +207,18 @@ class Encoder:
         return [*ids[:head], *mark, *ids[len(ids) - tail :]]
 
 
-def _control_spelling(tokenizer: Tokenizer) -> tuple[dict[int, list[int]], tuple[int, str]]:
+def _control_spelling(
+    tokenizer: Tokenizer, template: Collection[str | None]
+) -> tuple[dict[int, list[int]], tuple[int, str]]:
     """Maps each control id to the ids of its characters, as ordinary text would have them.
 
     `encode_special_tokens` keeps added tokens from being recognized in text, but `<s>`, `</s>`
     and the like are also pieces of a Unigram vocabulary, and normalization can compose them
     (from fullwidth brackets, say), so they still come out as control ids.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: The template's tokens, which some tokenizers do not call special.
 
     Returns:
         The spellings, and the id and text of the unknown token of a Unigram vocabulary. In other
@@ -206,7 +226,7 @@ def _control_spelling(tokenizer: Tokenizer) -> tuple[dict[int, list[int]], tuple
     """
     spelling: dict[int, list[int]] = {}
     for number, token in tokenizer.get_added_tokens_decoder().items():
-        if token.special:
+        if token.special or token.content in template:
             ids = [tokenizer.token_to_id(character) for character in token.content]
             spelling[number] = [found for found in ids if found is not None]
     if type(tokenizer.model).__name__ == "Unigram":

@@ -65,7 +65,9 @@ def candidates(provider: Literal["auto", "cpu", "cuda"]) -> list[Provider]:
     return [provider]
 
 
-def open_graph(path: Path, provider: Provider, threads: int, pad_id: int) -> Execution:
+def open_graph(
+    path: Path, provider: Provider, threads: int, *, pad_id: int, max_length: int
+) -> Execution:
     """Opens a graph for a provider.
 
     Args:
@@ -73,13 +75,14 @@ def open_graph(path: Path, provider: Provider, threads: int, pad_id: int) -> Exe
         provider: "cpu" or "cuda".
         threads: CPU threads to compute with.
         pad_id: Token id that fills batches on CUDA.
+        max_length: Most tokens that the model takes; padding stays within it.
 
     Raises:
         ProviderError: onnxruntime is unusable, or falls back to another provider.
         BundleError: The file is no graph that onnxruntime can run.
     """
     if provider == "cuda":
-        return BatchedExecution(path, [_CUDA], threads, pad_id)
+        return BatchedExecution(path, [_CUDA], threads, pad_id, max_length)
     return CpuExecution(path, threads)
 
 
@@ -187,13 +190,22 @@ class BatchedExecution:
         providers: onnxruntime's names of the execution providers; the first must be obtained.
         threads: CPU threads for what stays on the CPU.
         pad_id: Token id that fills the shorter rows; the attention mask hides it.
+        max_length: Most tokens that the model takes; padding stays within it.
     """
 
     window = 2048
 
-    def __init__(self, path: Path, providers: Sequence[str], threads: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        providers: Sequence[str],
+        threads: int,
+        pad_id: int,
+        max_length: int = 512,
+    ) -> None:
         self._session = open_session(path, providers, threads)
         self._pad_id = pad_id
+        self._max_length = max_length
         self._worker = ThreadPoolExecutor(1, "refusal-runtime")
 
     def run(self, ids: IdArray) -> Logits:
@@ -220,7 +232,7 @@ class BatchedExecution:
 
     def _run(self, batch: list[IdArray]) -> Logits:
         """int64 (tokens,) each -> float32 (len(batch), labels)."""
-        width = -(-max(map(len, batch)) // _BUCKET) * _BUCKET
+        width = min(_padded(max(map(len, batch))), self._max_length)
         ids = np.full((len(batch), width), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, sequence in enumerate(batch):
@@ -239,12 +251,16 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
     groups: list[list[int]] = []
     width = 0
     for position in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        padded = -(-lengths[position] // _BUCKET) * _BUCKET
+        padded = _padded(lengths[position])
         if not groups or padded != width or (len(groups[-1]) + 1) * padded > _TOKEN_BUDGET:
             groups.append([])
             width = padded
         groups[-1].append(position)
     return groups
+
+
+def _padded(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET
 
 
 def _feed(session: Any, ids: IdArray, mask: IdArray | None) -> dict[str, IdArray]:

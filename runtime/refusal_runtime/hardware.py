@@ -20,8 +20,17 @@ _TELLING_FLAGS = (
 )  # fmt: skip
 
 
+def silence_telemetry() -> None:
+    """Keeps onnxruntime from reporting to its makers, which 1.29 and later do by default.
+
+    Whoever wants that can set ORT_DISABLE_TELEMETRY=0. The thread it starts at import would also
+    break processes that fork.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
 def onnxruntime() -> ModuleType:
-    """Imports onnxruntime.
+    """Imports onnxruntime, without its telemetry unless it was imported before.
 
     Raises:
         ProviderError: It is not installed, or both of its builds are.
@@ -29,6 +38,7 @@ def onnxruntime() -> ModuleType:
     both = conflict()
     if both:
         raise ProviderError(both)
+    silence_telemetry()
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
