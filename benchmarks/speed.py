@@ -133,7 +133,8 @@ def prepare(options: argparse.Namespace) -> Callable[[list[str]], object]:
     torch.set_num_threads(options.threads)
     pipe = pipeline("text-classification", model=options.checkpoint, device="cpu")
     batch = int(options.engine.rpartition("-")[2])
-    return lambda texts: pipe(texts, batch_size=batch, truncation=True, max_length=512)
+    limit = pipe.model.config.max_position_embeddings
+    return lambda texts: pipe(texts, batch_size=batch, truncation=True, max_length=limit)
 
 
 def work(run: Callable[[list[str]], object], texts: list[str], *, load_seconds: float) -> None:
