@@ -8,4 +8,6 @@ from refusal_runtime.hardware import silence_telemetry
 
 silence_telemetry()
 
-__all__ = ["ExportError"]
+DEFAULT_CHECKPOINT = "agentlans/multilingual-e5-small-refusal-classifier"
+
+__all__ = ["DEFAULT_CHECKPOINT", "ExportError"]

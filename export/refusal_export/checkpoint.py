@@ -8,7 +8,6 @@ that file anyway.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from refusal_export import DEFAULT_CHECKPOINT
 from refusal_export.errors import ExportError
 from refusal_runtime.bundle import DEFAULT_TEMPLATE, Template, length_limit, refusal_label
+from refusal_runtime.hub import HUB_ID
 
-DEFAULT_CHECKPOINT = "agentlans/multilingual-e5-small-refusal-classifier"
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 _WANTED = ("*.json", "*.safetensors", "*.bin", "*.model")
 
 
@@ -116,7 +115,7 @@ def _locate(checkpoint: str | Path) -> tuple[Path, str, str | None]:
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder, folder.resolve().name, None
-    if isinstance(checkpoint, Path) or not _HUB_ID.match(checkpoint):
+    if isinstance(checkpoint, Path) or not HUB_ID.match(checkpoint):
         raise ExportError(f"{checkpoint} is neither a folder nor a Hub id owner/name[@revision]")
     from huggingface_hub import snapshot_download
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from refusal_export import DEFAULT_CHECKPOINT
 from refusal_export.errors import ExportError
 from refusal_runtime.version import __version__
 
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint",
         nargs="?",
-        default="agentlans/multilingual-e5-small-refusal-classifier",
+        default=DEFAULT_CHECKPOINT,
         help="folder or Hub id owner/name[@revision]; default: %(default)s",
     )
     parser.add_argument("out", nargs="?", default="bundle", help="folder; default: %(default)s")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from refusal_export import DEFAULT_CHECKPOINT
 from refusal_export import graph as graphs
 from refusal_export.bundle_writer import save_graph, staged, write_bundle
-from refusal_export.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, load_checkpoint
+from refusal_export.checkpoint import Checkpoint, load_checkpoint
 from refusal_export.embeddings import quantize_word_embedding
 from refusal_export.errors import ExportError
 from refusal_export.half import to_half

@@ -21,7 +21,7 @@ from refusal_runtime.bundle import (
 )
 from refusal_runtime.errors import BundleError, HubError
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 _SMALL_FILES = (MANIFEST, "*.json")
 
 
@@ -44,7 +44,7 @@ def locate(
         BundleError: It was found and is unusable.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir() or isinstance(model, Path) or not _HUB_ID.match(model):
+    if folder.is_dir() or isinstance(model, Path) or not HUB_ID.match(model):
         if not folder.exists():
             raise BundleError(
                 f"there is no folder {str(model)!r}, and it is no Hub id owner/name[@revision]"
