@@ -22,6 +22,7 @@ EMBEDDED = Path(__file__).parent / "model"
 
 _PipelineRow: TypeAlias = "dict[str, str | float]"
 _PAD_TOKENS = ("<pad>", "[PAD]")
+_FIRST_WINDOW = 4
 _UNSET: Any = object()
 _Started: TypeAlias = "tuple[Encoding, Future[Logits]] | ConversationError"
 
@@ -201,16 +202,19 @@ class RefusalClassifier:
         windows: deque[deque[_Started]] = deque()
         failure: Exception | None = None
         exhausted = False
+        # Small windows first: whoever waits at the other end of a pipe soon sees something.
+        size = _FIRST_WINDOW
         try:
             while windows or not exhausted:
                 # The next window is under way before the one in front is waited for.
                 if not exhausted:
                     chunk: list[tuple[int, ConversationInput]] = []
                     try:
-                        chunk.extend(itertools.islice(source, self._execution.window))
+                        chunk.extend(itertools.islice(source, size))
                     except Exception as error:  # the caller's; what came before it still comes out
                         failure = error
-                    exhausted = failure is not None or len(chunk) < self._execution.window
+                    exhausted = failure is not None or len(chunk) < size
+                    size = min(2 * size, self._execution.window)
                     windows.append(self._start(chunk))
                 if len(windows) > 1 or exhausted:
                     while windows[0]:

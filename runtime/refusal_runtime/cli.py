@@ -187,7 +187,8 @@ def _classify(options: argparse.Namespace) -> int:
             fields = result_fields(row, result, keep=options.keep, file=file)
             with interrupts.held():
                 writer.write(row, fields)
-                progress.step(out)
+                out.flush()  # the next row may be long in coming
+            progress.step()
     if failed:
         print(f"refusal: {failed} row(s) could not be judged", file=sys.stderr)
         return ROWS_FAILED
@@ -267,7 +268,7 @@ class _Interrupts:
 
 
 class _Progress:
-    """Counts rows on stderr when it is a terminal; flushes the output now and then."""
+    """Counts rows on stderr when it is a terminal and the output goes elsewhere."""
 
     def __enter__(self) -> _Progress:
         self._start = self._shown = time.monotonic()
@@ -275,16 +276,14 @@ class _Progress:
         self._visible = sys.stderr.isatty() and not sys.stdout.isatty()
         return self
 
-    def step(self, out: IO[str]) -> None:
+    def step(self) -> None:
         self._rows += 1
         now = time.monotonic()
-        if now - self._shown > 0.2:
+        if self._visible and now - self._shown > 0.2:
             self._shown = now
-            out.flush()
-            if self._visible:
-                rate = self._rows / (now - self._start)
-                sys.stderr.write(f"\r{self._rows:,} rows, {rate:,.1f}/s ")
-                sys.stderr.flush()
+            rate = self._rows / (now - self._start)
+            sys.stderr.write(f"\r{self._rows:,} rows, {rate:,.1f}/s ")
+            sys.stderr.flush()
 
     def __exit__(self, *_: object) -> None:
         if self._visible:
