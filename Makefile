@@ -35,7 +35,6 @@ bench-speed: $(DEV)/.done  ## CHECKPOINT=folder DATA=labelled.jsonl
 
 $(RUN)/.done: $(SOURCES)
 	$(PYTHON) -m venv $(RUN)
-	$(RUN)/bin/pip install $(PIP_FLAGS) --force-reinstall --no-deps .
 	$(RUN)/bin/pip install $(PIP_FLAGS) '.[cpu]'
 	touch $@
 
@@ -53,7 +52,7 @@ $(EXPORT)/.done: pyproject.toml constraints-dev.txt
 # The runtime's dependencies as wheels, so that the test of the built wheel needs no network.
 .wheelhouse/.done: pyproject.toml $(DEV)/.done
 	rm -rf .wheelhouse
-	$(DEV)/bin/pip download $(PIP_FLAGS) -c constraints-dev.txt -d .wheelhouse '.[cpu]'
+	$(DEV)/bin/pip download $(PIP_FLAGS) -d .wheelhouse '.[cpu]'
 	rm -f .wheelhouse/refusal_runtime*
 	touch $@
 

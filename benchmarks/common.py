@@ -20,7 +20,7 @@ _PACKAGES = ("refusal-runtime", "numpy", "tokenizers", "onnxruntime", "torch", "
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads JSON Lines (possibly .gz) with `messages`, `label`, and maybe `language`, `source`."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in data.splitlines() if line.strip()]
 
 
 def is_refusal(row: dict[str, Any]) -> bool:

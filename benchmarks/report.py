@@ -50,14 +50,17 @@ def table() -> str:
             f"{examples['classifier']['accuracy']:.1%}",
         ),
         (
-            "throughput, against a transformers pipeline one by one",
+            "throughput, against a transformers pipeline, PyTorch fp32, one by one",
             f"{single['times_slower']:.1f} times",
         ),
         (
-            "throughput, against a transformers pipeline in batches of 16",
+            "throughput, against that pipeline in batches of 16",
             f"{batched['times_slower']:.1f} times",
         ),
-        ("time to the first verdict, against that pipeline", f"{cold:.2f} of its time"),
+        (
+            "start of the process to its first verdict, against that pipeline",
+            f"{cold:.2f} of its time",
+        ),
         (
             f"peak memory ({ours['peak_memory_mib']:,.0f} MiB), against that pipeline",
             f"{memory:.2f} of its memory",

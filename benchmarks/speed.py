@@ -47,10 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = rows[:: max(1, len(rows) // options.rows)][: options.rows]
     texts = ["".join(f"<|{m['role']}|>{m['content']}" for m in row["messages"]) for row in rows]
     if options.engine:
-        start = time.perf_counter()
-        run = prepare(options)
-        run(texts[:1])
-        work(run, texts, load_seconds=time.perf_counter() - start)
+        work(prepare(options), texts)
         return
     result: dict[str, Any] = {
         "benchmark": "speed",
@@ -79,12 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Starts a process for each engine and lets them take turns."""
     command = [sys.executable, __file__, *sys.argv[1:]]
-    processes = {}
+    processes, first = {}, {}
     for name in ENGINES:
+        start = time.perf_counter()
         processes[name] = subprocess.Popen(
             [*command, "--engine", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        answer(processes[name])  # loaded and warm before the next one starts
+        answer(processes[name])
+        first[name] = time.perf_counter() - start
+        ask(processes[name], "round")  # warm before the next one starts
     seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
     for _ in range(options.rounds):
         for name, process in processes.items():
@@ -95,6 +95,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "configuration": ENGINES[name],
             "median_seconds": statistics.median(seconds[name]),
             "seconds": seconds[name],
+            "load_seconds": first[name],  # from the start of the process to its first verdict
             **ask(process, "end"),
         }
         process.wait()
@@ -137,9 +138,9 @@ def prepare(options: argparse.Namespace) -> Callable[[list[str]], object]:
     return lambda texts: pipe(texts, batch_size=batch, truncation=True, max_length=limit)
 
 
-def work(run: Callable[[list[str]], object], texts: list[str], *, load_seconds: float) -> None:
+def work(run: Callable[[list[str]], object], texts: list[str]) -> None:
     """Answers the parent's requests until it says end."""
-    run(texts[:4])
+    run(texts[:1])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         if line.strip() == "end":
@@ -147,7 +148,7 @@ def work(run: Callable[[list[str]], object], texts: list[str], *, load_seconds: 
         start = time.perf_counter()
         run(texts)
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
-    print(json.dumps({"load_seconds": load_seconds, "peak_memory_mib": peak_memory()}))
+    print(json.dumps({"peak_memory_mib": peak_memory()}))
 
 
 def peak_memory() -> float:

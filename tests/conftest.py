@@ -24,17 +24,6 @@ VOCABULARY = (
 WORDS = VOCABULARY.split()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
-
-
 def make_tokenizer() -> dict[str, Any]:
     """A tokenizer.json like XLM-R's: Unigram with control pieces, NFKC, Metaspace, role tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, normalizers

@@ -55,9 +55,9 @@ def test_bit_identical_alone_shuffled_and_with_other_thread_counts(
     embedded: RefusalClassifier, example_rows: list[dict[str, Any]]
 ) -> None:
     alone = {row["id"]: embedded.classify(row).logits for row in example_rows}
-    shuffled = example_rows * 3
+    shuffled = example_rows * 12
     random.Random(5).shuffle(shuffled)
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         classifier = RefusalClassifier(threads=threads)
         results = list(classifier.stream(shuffled, on_error="raise"))
         assert [r.logits for r in results] == [alone[row["id"]] for row in shuffled]

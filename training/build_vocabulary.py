@@ -78,30 +78,6 @@ def is_single(piece: str) -> bool:
     return len(piece.removeprefix(MARK)) <= 1
 
 
-def pruned(full: dict[str, Any], keep: np.ndarray) -> dict[str, Any]:
-    """Return a tokenizer.json content that has only the pieces marked in ``keep``."""
-    vocab = full["model"]["vocab"]
-    kept = [entry for entry, flag in zip(vocab, keep, strict=True) if flag]
-    new_id = {piece: index for index, (piece, _) in enumerate(kept)}
-    added = []
-    extra = len(kept)
-    for token in full["added_tokens"]:
-        index = new_id.get(token["content"])
-        if index is None:
-            index, extra = extra, extra + 1
-        added.append({**token, "id": index})
-    post = full["post_processor"]
-    if post and "special_tokens" in post:
-        ids = {token["content"]: token["id"] for token in added}
-        special = {
-            name: {**value, "ids": [ids[token] for token in value["tokens"]]}
-            for name, value in post["special_tokens"].items()
-        }
-        post = {**post, "special_tokens": special}
-    model = {**full["model"], "vocab": kept, "unk_id": new_id[vocab[full["model"]["unk_id"]][0]]}
-    return {**full, "added_tokens": added, "post_processor": post, "model": model}
-
-
 def read_words(folder: Path, list_weight: float, limit: int) -> tuple[list[str], np.ndarray]:
     """Count the words in a language's files; return the ``limit`` heaviest and their weights."""
     total: Counter[str] = Counter()

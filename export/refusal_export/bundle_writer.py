@@ -38,7 +38,12 @@ def staged(out: Path) -> Iterator[Path]:
         old = stage.with_name(stage.name + "-old")
         if out.exists():
             out.rename(old)
-        stage.rename(out)
+        try:
+            stage.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -61,6 +66,8 @@ def write_bundle(
     version: str,
     license_name: str,
     notes: str,
+    temperature: float,
+    threshold: float,
     graphs: Mapping[str, dict[str, Any]],
     vocabulary: dict[str, Any] | None,
     failed: str,
@@ -74,6 +81,8 @@ def write_bundle(
         version: Version of the model.
         license_name: SPDX identifier for the model card.
         notes: Markdown to append to the model card.
+        temperature: Divisor of the logits; 1 where nothing was calibrated.
+        threshold: Refusal probability that counts.
         graphs: The manifest's entry for each variant.
         vocabulary: What pruning did, or None if nothing was pruned.
         failed: What the verification found wrong and `--force` let pass.
@@ -106,8 +115,8 @@ def write_bundle(
             "ellipsis": template.ellipsis,
             "newline_after_role": template.newline_after_role,
         },
-        "calibration": {"method": "temperature", "temperature": 1.0},
-        "threshold": 0.5,
+        "calibration": {"method": "temperature", "temperature": temperature},
+        "threshold": threshold,
         "graphs": dict(graphs),
     }
     if vocabulary is not None:

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 version=options.model_version,
                 license=options.license,
                 notes=options.notes,
+                temperature=options.temperature,
+                threshold=options.threshold,
                 refusal_label=options.refusal_label,
                 gate=Gate(
                     max_difference=options.max_difference,
@@ -97,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-version", default="1.0.0", help="default: %(default)s")
     add("--license", default="MIT", help="SPDX identifier; default: %(default)s")
     add("--notes", type=Path, metavar="FILE", help="Markdown to append to the model card")
+    add("--temperature", type=float, default=1.0, help="calibration; default: %(default)s")
+    add("--threshold", type=float, default=0.5, help="default: %(default)s")
     add("--refusal-label", help="which label means refusal, where the labels do not say")
     add("--max-difference", type=float, default=1e-3, help="gate for fp32; default: %(default)s")
     add("--min-agreement", type=float, default=0.99, help="gate for labels; default: %(default)s")

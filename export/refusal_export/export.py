@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from refusal_export import DEFAULT_CHECKPOINT
@@ -55,6 +54,8 @@ class ExportOptions:
         version: Version of the model.
         license: SPDX identifier for the model card.
         notes: Markdown file to append to the model card: training data, known weaknesses.
+        temperature: Divisor of the logits, from a calibration; 1 for none.
+        threshold: Refusal probability from which a verdict counts as a refusal.
         refusal_label: Which label means refusal, where the labels do not say.
         gate: What the graphs must reach.
         force: Whether to write the bundle though a graph fails, recording the failure.
@@ -69,6 +70,8 @@ class ExportOptions:
     version: str = "1.0.0"
     license: str = "MIT"
     notes: Path | None = None
+    temperature: float = 1.0
+    threshold: float = 0.5
     refusal_label: str | None = None
     gate: Gate = field(default_factory=Gate)
     force: bool = False
@@ -100,6 +103,12 @@ def export(
         raise ExportError(
             f"embeddings should be auto, int4, int8 or fp32, not {options.embeddings}"
         )
+    if not options.temperature > 0 or not 0 <= options.threshold <= 1:
+        raise ExportError("temperature should be above 0 and threshold a probability")
+    try:
+        notes = options.notes.read_text(encoding="utf-8") if options.notes else ""
+    except OSError as error:
+        raise ExportError(f"{options.notes} cannot be read: {error}") from error
     original = load_checkpoint(checkpoint, refusal=options.refusal_label)
     loaded = original
     if options.vocabulary is not None:
@@ -107,9 +116,11 @@ def export(
     texts = stretch(load_texts(options.evaluation or example_file()), loaded)
     batch = encode_texts(loaded, texts)
     reference = torch_logits(loaded.model, batch, title="PyTorch")
-    vocabulary = None
+    vocabulary, spoilt = None, ""
     if loaded is not original:
-        vocabulary = _compare_vocabularies(original, loaded, texts, batch, reference)
+        vocabulary, spoilt = _compare_vocabularies(
+            original, loaded, texts, batch, reference, options.gate
+        )
     traced = graphs.trace(loaded.model)
     # With an evaluation set, the texts to measure on are never those that set the ranges.
     calibration_texts = stretch(load_texts(options.calibration or example_file()), loaded)
@@ -143,7 +154,7 @@ def export(
                 "parity": measurements[variant].parity,
                 "accuracy": measurements[variant].accuracy,
             }
-        failed = report_failures(measurements)
+        failed = "; ".join(filter(None, (spoilt, report_failures(measurements))))
         if failed and not options.force:
             raise ExportError(f"verification failed, nothing was written: {failed}")
         return write_bundle(
@@ -152,7 +163,9 @@ def export(
             name=options.name or loaded.name.rpartition("/")[2],
             version=options.version,
             license_name=options.license,
-            notes=options.notes.read_text(encoding="utf-8") if options.notes else "",
+            notes=notes,
+            temperature=options.temperature,
+            threshold=options.threshold,
             graphs=entries,
             vocabulary=vocabulary,
             failed=failed,
@@ -194,8 +207,13 @@ def _compare_vocabularies(
     texts: Texts,
     batch: Sequence[IdArray],
     logits: LogitArray,
-) -> dict[str, Any]:
-    """Measures what pruning changed; only texts with another segmentation need a second run."""
+    gate: Gate,
+) -> tuple[dict[str, Any], str]:
+    """Measures what pruning changed; only texts with another segmentation need a second run.
+
+    Returns:
+        The manifest's entry, and what falls short of the gate ("" if nothing does).
+    """
     before = encode_texts(original, texts)
     old = original.make_tokenizer()
     new = pruned.make_tokenizer()
@@ -204,16 +222,30 @@ def _compare_vocabularies(
         for row, (ids, other) in enumerate(zip(before, batch, strict=True))
         if [old.id_to_token(n) for n in ids] != [new.id_to_token(n) for n in other]
     ]
-    agree = np.ones(len(batch), dtype=bool)
+    unpruned = logits.copy()
     if changed:
         again = torch_logits(original.model, [before[row] for row in changed], title="unpruned")
-        agree[changed] = again.argmax(1) == logits[changed].argmax(1)
-    return {
+        unpruned[changed] = again
+    # One row of measurements, as for a quantized graph.
+    found = measure(
+        unpruned,
+        logits,
+        batch,
+        texts,
+        precision="pruned",
+        refusal_id=original.refusal_id,
+        gate=gate,
+    )
+    entry = {
         "original": original.config["vocab_size"],
         "kept": pruned.config["vocab_size"],
         "source": texts.name,
         "texts": len(batch),
         "unchanged": 1 - len(changed) / len(batch),
-        "label_agreement": float(agree.mean()),
+        "label_agreement": found.parity["label_agreement"],
         "more_tokens": sum(map(len, batch)) / sum(map(len, before)) - 1,
     }
+    if found.accuracy:
+        entry["accuracy"] = found.accuracy["accuracy"]
+        entry["accuracy_before"] = found.accuracy["checkpoint_accuracy"]
+    return entry, report_failures({"vocabulary": found})

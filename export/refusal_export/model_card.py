@@ -72,6 +72,12 @@ def _vocabulary(report: Mapping[str, Any] | None) -> str:
         f"texts ({report['source']}): {report['unchanged']:.1%} are segmented as before and so "
         f"have the same logits; {report['label_agreement']:.2%} have the checkpoint's label; "
         f"{report['more_tokens']:+.2%} tokens."
+        + (
+            f" Accuracy in PyTorch {report['accuracy']:.2%}, unpruned "
+            f"{report['accuracy_before']:.2%}."
+            if "accuracy" in report
+            else ""
+        )
     )
 
 
@@ -80,7 +86,7 @@ def _graphs(graphs: Mapping[str, Mapping[str, Any]]) -> str:
         "## Graphs\n",
         "Parity is against the PyTorch checkpoint on the same token ids.\n",
         "| variant | file | for | opset | label agreement | max logit difference | mean | accuracy "
-        "| PyTorch's accuracy | how |",
+        "| PyTorch's on the same ids | how |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, graph in graphs.items():

@@ -75,11 +75,13 @@ def load_texts(path: Path) -> Texts:
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        rows = [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
+        # As bytes, whose only line ends are those of JSON Lines; str has more.
+        rows = [json.loads(line) for line in data.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read as JSON Lines: {error}") from error
     if not rows:
         raise ExportError(f"{path} holds no conversations")
+    rows = [row if isinstance(row, dict) else {"messages": row} for row in rows]
     labels = [row.get("label", row.get("expected")) for row in rows]
     return Texts(
         path.name,
@@ -95,10 +97,7 @@ def stretch(texts: Texts, checkpoint: Checkpoint) -> Texts:
     They carry no label: nobody judged them.
     """
     encoder = make_encoder(checkpoint)
-    filled = set()
-    for conversation in texts.conversations:
-        parsed = parse_conversation(conversation, checkpoint.template)
-        filled.add(_bucket(len(encoder.encode(parsed).ids)))
+    filled = {_bucket(len(ids)) for ids in encode_texts(checkpoint, texts)}
     plain = [row for row in texts.conversations if isinstance(row.get("messages"), list)]
     longer: list[Any] = []
     for bucket in _BUCKETS:

@@ -30,7 +30,8 @@ _Started: TypeAlias = "tuple[Encoding, Future[Logits]] | ConversationError"
 class RefusalClassifier:
     """Tells whether the last assistant message of a conversation is a refusal.
 
-    Thread-safe, picklable, and usable after a fork.
+    Thread-safe, picklable, and (on CPU) usable after a fork. On CPU the graph itself is opened at
+    first use.
 
     Args:
         model: A bundle's folder or a Hub id `owner/name[@revision]`; the embedded bundle if None.
@@ -77,7 +78,7 @@ class RefusalClassifier:
         self.graph: Graph
         self.provider: Provider
         providers = candidates(provider)
-        for self.provider in providers:
+        for self.provider in tuple(providers):
             try:
                 self.bundle, self.graph, self.graph_reason = locate(
                     EMBEDDED if model is None else model,
@@ -85,6 +86,9 @@ class RefusalClassifier:
                     provider=self.provider,
                     local_files_only=local_files_only,
                 )
+                if len(providers) > 1 and self.provider not in self.graph.providers:
+                    providers.remove(self.provider)  # "auto", and the named variant is for the CPU
+                    continue
                 tokenizer = load_tokenizer(self.bundle.folder / "tokenizer.json")
                 self._execution = open_graph(
                     self.bundle.folder / self.graph.file,
@@ -98,7 +102,11 @@ class RefusalClassifier:
                 # "auto" takes CUDA only where it works; the last candidate's error counts.
                 if self.provider == providers[-1]:
                     raise
-        self._model = None if model is None else self.bundle.folder.absolute()
+        self._model: str | Path | None = None
+        if model is not None and Path(model).expanduser().is_dir():
+            self._model = self.bundle.folder.absolute()
+        elif model is not None:  # from the Hub, where the folder is named by its commit
+            self._model = f"{str(model).partition('@')[0]}@{self.bundle.folder.name}"
         self.threshold = self.bundle.threshold if threshold is None else float(threshold)
         limit = self.bundle.max_length
         if max_length is not None and not 1 <= max_length <= limit:
@@ -269,6 +277,11 @@ class RefusalClassifier:
         """Pickles the path and the options; the copy opens its own session."""
         return _rebuild, (self._model, self._options)
 
+    @property
+    def forgeable(self) -> bool:
+        """Whether this model's role tokens are ordinary text, which a message could imitate."""
+        return self._encoder.forgeable
+
     def __repr__(self) -> str:
         return (
             f"RefusalClassifier({self.bundle.name!r}, variant={self.graph.name!r}, "
@@ -276,7 +289,7 @@ class RefusalClassifier:
         )
 
 
-def _rebuild(model: Path | None, options: dict[str, Any]) -> RefusalClassifier:
+def _rebuild(model: str | Path | None, options: dict[str, Any]) -> RefusalClassifier:
     return RefusalClassifier(model, **options)
 
 

@@ -124,7 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=tuple(_WRITERS), default="jsonl", help="of the output"
     )
     classify.add_argument("-o", "--output", metavar="FILE", help="write there instead of stdout")
-    classify.add_argument("--keep", action="store_true", help="keep the input's own fields")
+    classify.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep the input's own fields (named input_... where they clash with the result's)",
+    )
     classify.add_argument("--threshold", type=float, help="refusal probability that counts, 0 to 1")
     classify.add_argument("--max-length", type=int, help="token budget of a conversation")
     classify.add_argument("--truncation", default="middle", choices=("middle", "head", "error"))
@@ -175,7 +179,7 @@ def _classify(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         out = _open_output(options.output, stack)
         interrupts = stack.enter_context(_Interrupts())
-        progress = stack.enter_context(_Progress())
+        progress = stack.enter_context(_Progress(out))
         writer = _WRITERS[options.format](out)
         # Even an interrupted array is closed, and lines in the buffer are written out.
         stack.callback(out.flush)
@@ -270,10 +274,12 @@ class _Interrupts:
 class _Progress:
     """Counts rows on stderr when it is a terminal and the output goes elsewhere."""
 
+    def __init__(self, out: IO[str]) -> None:
+        self._visible = sys.stderr.isatty() and not out.isatty()
+
     def __enter__(self) -> _Progress:
         self._start = self._shown = time.monotonic()
         self._rows = 0
-        self._visible = sys.stderr.isatty() and not sys.stdout.isatty()
         return self
 
     def step(self) -> None:
@@ -322,6 +328,8 @@ def _info(options: argparse.Namespace) -> int:
     rows.append(("provider", classifier.provider))
     rows.append(("threads", f"{classifier.threads} ({classifier.threads_reason})"))
     rows.extend(("note", note) for note in bundle.notes)
+    if classifier.forgeable:
+        rows.append(("note", "role tokens are ordinary text here: a message can imitate them"))
     _print_pairs(rows)
     return OK
 

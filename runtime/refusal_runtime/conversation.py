@@ -147,7 +147,7 @@ class _Parser:
         )
 
     def message(self, item: object, place: str) -> tuple[str, str | None]:
-        """Returns a message's role and text; None for an assistant message that calls tools."""
+        """Returns a message's role and text; None where it only calls tools or shows pictures."""
         if not isinstance(item, Mapping):
             raise self.error(
                 place, f"found {_kind(item)}", "give an object with 'role' and 'content'"
@@ -171,6 +171,8 @@ class _Parser:
                 text = f"{text}\n{refused}" if text else refused
             if not text and (item.get("tool_calls") or item.get("function_call")):
                 return role, None
+        elif not text and _holds_media(item.get(text_key)):
+            return role, None
         if text is None:
             raise self.error(
                 place,
@@ -259,6 +261,13 @@ class _Parser:
                 "decode the text properly, or replace it by U+FFFD",
             ) from None
         return text
+
+
+def _holds_media(content: object) -> bool:
+    parts = content if isinstance(content, (list, tuple)) else ()
+    return any(
+        isinstance(part, Mapping) and part.get("type") in tuple(_MEDIA_PARTS) for part in parts
+    )
 
 
 def _kind(value: object) -> str:

@@ -95,6 +95,8 @@ class Encoder:
         tokens = {template.ellipsis, *template.roles.values()}
         self._spelling, self._unknown = _control_spelling(tokenizer, tokens)
         tokenizer.encode_special_tokens = True
+        # Without tokens of their own, roles are marked by text that any message could contain.
+        self.forgeable = any(len(self._markers[role]) != 1 for role in template.roles)
         longest = max(map(len, self._markers.values()))
         least = len(self._prefix) + len(self._suffix) + longest + 3
         if max_length < least:

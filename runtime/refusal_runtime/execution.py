@@ -185,6 +185,8 @@ class CpuExecution:
 class BatchedExecution:
     """Padded batches of similar length with IO binding, for providers where batches pay.
 
+    A CUDA context does not survive a fork: a child process has to open its own.
+
     Args:
         path: The ONNX file.
         providers: onnxruntime's names of the execution providers; the first must be obtained.
@@ -207,11 +209,14 @@ class BatchedExecution:
         self._pad_id = pad_id
         self._max_length = max_length
         self._worker = ThreadPoolExecutor(1, "refusal-runtime")
+        self._process = os.getpid()
 
     def run(self, ids: IdArray) -> Logits:
         return self.submit([ids])[0].result()
 
     def submit(self, batch: Sequence[IdArray]) -> list[Future[Logits]]:
+        if os.getpid() != self._process:
+            raise ProviderError("CUDA does not survive a fork; open the classifier in the child")
         futures: list[Future[Logits]] = [Future() for _ in batch]
         for rows in _buckets([len(ids) for ids in batch]):
             self._worker.submit(self._compute, [(batch[row], futures[row]) for row in rows])

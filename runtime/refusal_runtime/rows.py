@@ -182,12 +182,14 @@ def result_fields(
         keep: Whether to carry the input's own fields along.
         file: Name of the input, where there are several.
     """
-    fields = dict(row.fields) if keep else {}
+    # The input's own label, say, must not get lost under ours.
+    clashing = {*_RESULT_COLUMNS, "file"} - {"id"}
+    kept = row.fields.items() if keep else ()
+    fields = {f"input_{key}" if key in clashing else key: value for key, value in kept}
     if file is not None:
         fields["file"] = file
     fields["id"] = row.fields.get("id")
     if isinstance(result, Verdict):
-        fields.pop("error", None)  # the input's own would look like ours
         fields.update(
             label=result.label,
             score=result.score,
