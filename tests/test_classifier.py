@@ -688,3 +688,18 @@ def test_padding_stays_within_the_positions_that_the_model_has(
     assert exact.tokens == 100
     padded = RefusalClassifier(tmp_path, variant="fp32", provider="cuda").classify(text)
     np.testing.assert_allclose(padded.logits, exact.logits, atol=1e-4)
+
+
+def test_auto_runs_a_graph_for_the_cpu_on_the_cpu(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def record(path: Path, provider: str, threads: int, **_: Any) -> None:
+        opened.append(f"{provider} {path.name}")
+
+    monkeypatch.setattr("refusal_runtime.classifier.candidates", lambda provider: ["cuda", "cpu"])
+    monkeypatch.setattr("refusal_runtime.classifier.open_graph", record)
+    assert RefusalClassifier(tiny_bundle, variant="int8").provider == "cpu"
+    assert RefusalClassifier(tiny_bundle).provider == "cuda"
+    assert opened == ["cpu model_int8.onnx", "cuda model_fp16.onnx"]

@@ -404,3 +404,13 @@ def test_a_long_role_or_many_keys_do_not_flood_the_message() -> None:
 def test_odd_but_valid_text_passes(text: str) -> None:
     assert parse(reply(text)) == [("user", "hi"), ("assistant", text)]
     assert parse(text) == [(None, text)]
+
+
+def test_a_message_of_pictures_only_is_left_out_unless_it_is_judged() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    seen = {"role": "user", "content": [picture]}
+    reply = {"role": "assistant", "content": "I cannot see it"}
+    conversation = parse_conversation([seen, reply], DEFAULT_TEMPLATE)
+    assert [message.role for message in conversation.messages] == ["assistant"]
+    with pytest.raises(ConversationError, match="the text is empty"):
+        parse_conversation([seen, {"role": "assistant", "content": [picture]}], DEFAULT_TEMPLATE)

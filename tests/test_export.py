@@ -322,3 +322,19 @@ def test_exported_weights_do_not_share_memory_with_the_checkpoint(tiny_checkpoin
     trace(checkpoint.model)
     assert torch.equal(before, checkpoint.model.state_dict()["classifier.weight"])
     assert make_tokenizer()["added_tokens"] == checkpoint.tokenizer["added_tokens"]
+
+
+def test_a_ruinous_vocabulary_does_not_pass_the_gate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("▁sorry\n", "utf-8")
+    options = ExportOptions(variants=("fp32",), vocabulary=str(few), gate=Gate(min_agreement=1.0))
+    with pytest.raises(ExportError, match="vocabulary: label agreement"):
+        export(tiny_checkpoint, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_may_hold_unicode_line_separators(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"messages": [{"role": "assistant", "content": "one\u2028two\u0085three"}]}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    assert load_texts(path).conversations == [row]

@@ -376,3 +376,11 @@ def test_the_table_fits_the_terminal_in_every_script(text: str) -> None:
     narrow = sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in line)
     assert 60 < len(line) + wide - narrow <= 80
     assert line.endswith("…")
+
+
+def test_kept_fields_that_clash_with_the_result_are_renamed() -> None:
+    row = Row(1, "hello", {"id": "a", "label": "refusal", "language": "en"})
+    fields = result_fields(row, "broken", keep=True, file=None)
+    assert fields["input_label"] == "refusal"
+    assert fields["language"] == "en"
+    assert "label" not in fields

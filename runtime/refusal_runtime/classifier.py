@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -210,6 +211,7 @@ class RefusalClassifier:
         windows: deque[deque[_Started]] = deque()
         failure: Exception | None = None
         exhausted = False
+        process = os.getpid()
         # Small windows first: whoever waits at the other end of a pipe soon sees something.
         size = _FIRST_WINDOW
         try:
@@ -232,7 +234,8 @@ class RefusalClassifier:
                         yield result
                     windows.popleft()
         finally:
-            for window in windows:
+            # After a fork the futures belong to the parent, locks that its threads hold included.
+            for window in windows if os.getpid() == process else ():
                 for started in window:
                     if not isinstance(started, ConversationError):
                         started[1].cancel()

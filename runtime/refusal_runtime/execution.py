@@ -293,4 +293,6 @@ def _feed(session: Any, ids: IdArray, mask: IdArray | None) -> dict[str, IdArray
 
 
 def _logits(output: npt.NDArray[Any]) -> Logits:
-    return np.asarray(output, dtype=np.float32)
+    # A copy: the output itself lies in the session's arena, whose lock another thread may hold at
+    # the moment of a fork, so that the child could not even free it.
+    return np.array(output, dtype=np.float32)
