@@ -72,14 +72,13 @@ def quantize_word_embedding(graph: onnx.ModelProto, *, bits: int | None = None) 
     exact = leading > 0 and rest <= 64
     if bits is None:
         bits = 4 if exact else 8
-    if bits == 4 and not exact:
+    if not exact or bits == 8:
         rest = 0
     if bits == 8:
         blocks = table.reshape(rows, -1, BLOCK)
         scales = (np.abs(blocks).max(-1) / 127).astype(np.float16).astype(np.float32)
         safe = np.where(scales == 0, 1, scales)[..., None]
         integers = np.clip(np.rint(blocks / safe), -127, 127).reshape(table.shape).astype(np.int8)
-        rest = 0
     _replace(graph, node, tensor, integers, scales, bits, table[rows - rest :])
     if bits == 8:
         return "int8 blocks of 32"
@@ -101,25 +100,23 @@ def _replace(
     rows, width = integers.shape
     quantized = f"{tensor.name}_int{bits}"
     output = node.output[0]
+    # A tail is looked up in a table of its own and added, so its quantized rows are zero.
+    integers[rows - len(tail) :] = 0
+    attributes = {}
     if bits == 4:
         packed = (integers[:, 0::2] & 15) | ((integers[:, 1::2] & 15) << 4)
         data = helper.make_tensor(
             quantized, TensorProto.INT4, (rows, width), packed.astype(np.uint8).tobytes(), raw=True
         )
-        constants = [data]
-        inputs = [quantized, node.input[1], f"{quantized}_scale"]
-        attributes = {}
     else:
         # 8-bit data is unsigned with the zero point at 128, the form that the operator takes.
-        data = numpy_helper.from_array(
-            (integers.astype(np.int16) + 128).astype(np.uint8), quantized
-        )
-        constants = [data]
-        inputs = [quantized, node.input[1], f"{quantized}_scale"]
+        unsigned = (integers.astype(np.int16) + 128).astype(np.uint8)
+        data = numpy_helper.from_array(unsigned, quantized)
         attributes = {"bits": 8}
     # Scales rest in fp16, which holds them exactly; the cast is folded when a session opens.
     half = numpy_helper.from_array(scales.astype(np.float16), f"{quantized}_scale_fp16")
-    constants.append(half)
+    constants = [data, half]
+    inputs = [quantized, node.input[1], f"{quantized}_scale"]
     lookup = f"{output}_quantized" if len(tail) else output
     nodes = [
         helper.make_node("Cast", [half.name], [f"{quantized}_scale"], to=TensorProto.FLOAT),
@@ -129,12 +126,7 @@ def _replace(
         ),
     ]  # fmt: skip
     if len(tail):
-        # Ids before the tail read row 0 of the small table, which is zero; the quantized rows of
-        # the tail are zero in turn, so the sum of both lookups is exact.
-        integers[rows - len(tail) :] = 0
-        data.raw_data = (
-            ((integers[:, 0::2] & 15) | ((integers[:, 1::2] & 15) << 4)).astype(np.uint8).tobytes()
-        )
+        # Ids before the tail read row 0 of the small table, which is zero: the sum is exact.
         small = np.concatenate([np.zeros((1, width), np.float32), tail])
         names = [f"{quantized}_{part}" for part in ("tail", "offset", "zero")]
         constants += [
