@@ -142,6 +142,19 @@ def test_threshold_and_calibration_of_the_bundle(
     )
 
 
+def test_operating_points_are_thresholds_by_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    points = {"high_precision": 0.9, "high_recall": 0}
+    folder = edited(tiny_bundle, tmp_path / "b", operating_points=points)
+    for name, threshold in points.items():
+        classifier = RefusalClassifier(folder, variant="fp32", threshold=name)
+        assert classifier.threshold == threshold
+        assert pickle.loads(pickle.dumps(classifier)).threshold == threshold
+    with pytest.raises(ValueError, match=r"'best' \(it has 'high_precision', 'high_recall'\)"):
+        RefusalClassifier(folder, threshold="best")
+    with pytest.raises(ValueError, match="it has none"):
+        RefusalClassifier(tiny_bundle, threshold="high_recall")
+
+
 @pytest.mark.parametrize("threshold", [-0.01, 1.01, float("nan")])
 def test_a_threshold_is_a_probability(tiny_bundle: Path, threshold: float) -> None:
     with pytest.raises(ValueError, match="from 0 to 1"):

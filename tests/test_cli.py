@@ -245,6 +245,7 @@ def test_fail_on_refusal_goes_by_the_threshold(classify: Classify) -> None:
         ("classify", "--threads", "two"),
         ("classify", "--threshold", "1.5"),
         ("classify", "--threshold", "nan"),
+        ("classify", "--threshold", "high_hopes"),
         ("classify", "--max-length", "100000"),
         ("classify", "--max-length", "0"),
         ("classify", "--max-length", "3"),

@@ -291,6 +291,46 @@ def test_quantized_embedding_looks_up_the_same_rows(tail: int, bits: int | None)
         np.testing.assert_array_equal(found, table)
 
 
+def test_calibration_of_scores_reaches_the_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    points = {"high_precision": 0.9, "high_recall": 0.2}
+    found = {"expected_calibration_error": 0.1}
+    report = {"temperature": 1.7, "rows": 5, "before": found, "after": found, "points": {
+        "default": {"threshold": 0.5, "precision": 0.98, "recall": 0.97}}}  # fmt: skip
+    scores.write_text(json.dumps({**report, "operating_points": points}), "utf-8")
+    options = ExportOptions(variants=("fp32",), scores=scores)
+    manifest = export(tiny_checkpoint, tmp_path / "bundle", options)
+    assert manifest["calibration"] == {"method": "temperature", **report}
+    assert manifest["operating_points"] == points
+    assert "temperature of 1.7" in (tmp_path / "bundle" / "README.md").read_text("utf-8")
+    for wrong in ("[]", '{"temperature": 0}', "{}", '{"temperature": 1, "operating_points": [2]}'):
+        scores.write_text(wrong, "utf-8")
+        with pytest.raises(ExportError, match="temperature"):
+            export(tiny_checkpoint, tmp_path / "other", options)
+    assert not (tmp_path / "other").exists()
+
+
+def test_embedding_of_few_codewords_becomes_codes() -> None:
+    import onnxruntime
+
+    rng = np.random.default_rng(4)
+    words = rng.normal(size=(16, 256, 4)).astype(np.float32)
+    codes = rng.integers(256, size=(700, 16))
+    table = np.concatenate([words[group, codes[:, group]] for group in range(16)], axis=1)
+    model = _embedding_graph(table)
+    assert quantize_word_embedding(model) == "256 codewords for every 4 columns, exact"
+    assert model.ByteSize() < table.nbytes / 2
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    ids = np.arange(700, dtype=np.int64).reshape(2, 350)
+    found = session.run(None, {"input_ids": ids})[0]
+    np.testing.assert_array_equal(found.reshape(700, 64), table)
+    # One codeword more than fits, and the table is none of this kind.
+    table[:257, :4] = rng.normal(size=(257, 4))
+    assert quantize_word_embedding(_embedding_graph(table)) == "int8 blocks of 32"
+
+
 def test_embedding_that_came_from_no_blocks_gets_eight_bits() -> None:
     table = np.random.default_rng(0).normal(size=(100, 64)).astype(np.float32)
     assert quantize_word_embedding(_embedding_graph(table)) == "int8 blocks of 32"

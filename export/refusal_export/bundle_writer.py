@@ -66,7 +66,7 @@ def write_bundle(
     version: str,
     license_name: str,
     notes: str,
-    temperature: float,
+    scores: Mapping[str, Any],
     threshold: float,
     graphs: Mapping[str, dict[str, Any]],
     vocabulary: dict[str, Any] | None,
@@ -81,7 +81,8 @@ def write_bundle(
         version: Version of the model.
         license_name: SPDX identifier for the model card.
         notes: Markdown to append to the model card.
-        temperature: Divisor of the logits; 1 where nothing was calibrated.
+        scores: `temperature`, the divisor of the logits, perhaps `operating_points`, thresholds by
+            name, and how they were found.
         threshold: Refusal probability that counts.
         graphs: The manifest's entry for each variant.
         vocabulary: What pruning did, or None if nothing was pruned.
@@ -115,8 +116,12 @@ def write_bundle(
             "ellipsis": template.ellipsis,
             "newline_after_role": template.newline_after_role,
         },
-        "calibration": {"method": "temperature", "temperature": temperature},
+        "calibration": {
+            "method": "temperature",
+            **{key: value for key, value in scores.items() if key != "operating_points"},
+        },
         "threshold": threshold,
+        "operating_points": dict(scores.get("operating_points", {})),
         "graphs": dict(graphs),
     }
     if vocabulary is not None:

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 version=options.model_version,
                 license=options.license,
                 notes=options.notes,
-                temperature=options.temperature,
+                scores=options.scores,
                 threshold=options.threshold,
                 refusal_label=options.refusal_label,
                 gate=Gate(
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-version", default="1.0.0", help="default: %(default)s")
     add("--license", default="MIT", help="SPDX identifier; default: %(default)s")
     add("--notes", type=Path, metavar="FILE", help="Markdown to append to the model card")
-    add("--temperature", type=float, default=1.0, help="calibration; default: %(default)s")
+    add("--scores", type=Path, metavar="FILE", help="calibration of scores, JSON; default: none")
     add("--threshold", type=float, default=0.5, help="default: %(default)s")
     add("--refusal-label", help="which label means refusal, where the labels do not say")
     add("--max-difference", type=float, default=1e-3, help="gate for fp32; default: %(default)s")

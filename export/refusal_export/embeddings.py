@@ -4,6 +4,10 @@ The operator is onnxruntime's GatherBlockQuantized: signed integers times one sc
 block of 32 values in a row. A base model distributed in 4-bit blocks (as llama.cpp's Q4_0 and
 its kin do, where the value of largest magnitude becomes -8) and fine-tuned with its word
 embeddings frozen is represented without any loss.
+
+A table made by product quantization (Jegou et al. 2011, "Product Quantization for Nearest Neighbor
+Search") with 256 codewords for every four columns, as training/compress.py makes for small models,
+takes two bits a value; it becomes two plain Gathers, again without loss.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from refusal_export.errors import ExportError
 
 BLOCK = 32
+GROUP = 4  # columns that share a codebook
+CODEWORDS = 256
+_MOST_TAIL = 64  # a handful of trained rows is a tail; more means that the table is of another kind
 _FloatArray = npt.NDArray[np.float32]
 
 
@@ -48,6 +55,35 @@ def exact_int4(table: _FloatArray) -> tuple[npt.NDArray[np.int8], _FloatArray, i
     return integers.reshape(table.shape).astype(np.int8), scales, leading
 
 
+def exact_codebooks(
+    table: _FloatArray,
+) -> tuple[npt.NDArray[np.uint8], _FloatArray] | None:
+    """Writes a table as codes into codebooks, if it came from such.
+
+    Args:
+        table: float32, shape (rows, width), width a multiple of 4.
+
+    Returns:
+        Codes, uint8 of shape (rows, width / 4), and codewords, float32 of shape (width / 4, 256,
+        4), unused ones zero; None if some four columns hold more than 256 different rows.
+    """
+    rows, width = table.shape
+    if width % GROUP:
+        return None
+    codes = np.zeros((rows, width // GROUP), np.uint8)
+    words = np.zeros((width // GROUP, CODEWORDS, GROUP), np.float32)
+    for group in range(width // GROUP):
+        part = np.ascontiguousarray(table[:, group * GROUP : (group + 1) * GROUP])
+        # As opaque bytes, four columns sort as quickly as one.
+        opaque = part.view(np.dtype((np.void, GROUP * part.itemsize)))[:, 0]
+        different, number = np.unique(opaque, return_inverse=True)
+        if len(different) > CODEWORDS:
+            return None
+        codes[:, group] = number.reshape(-1)
+        words[group, : len(different)] = different.view(np.float32).reshape(-1, GROUP)
+    return codes, words
+
+
 def quantize_word_embedding(graph: onnx.ModelProto, *, bits: int | None = None) -> str:
     """Replaces the word embedding of an unfused embedding layer in place.
 
@@ -56,7 +92,7 @@ def quantize_word_embedding(graph: onnx.ModelProto, *, bits: int | None = None) 
 
     Args:
         graph: The graph.
-        bits: 4, 8, or None for 4 where that is exact and 8 elsewhere.
+        bits: 4, 8, or None for codebooks or 4 where that is exact and 8 elsewhere.
 
     Returns:
         What was done, for the manifest.
@@ -68,8 +104,12 @@ def quantize_word_embedding(graph: onnx.ModelProto, *, bits: int | None = None) 
         return "fp32"
     integers, scales, leading = exact_int4(table)
     rest = rows - leading
-    # A handful of trained rows is a tail; more than that means that the table is not from blocks.
-    exact = leading > 0 and rest <= 64
+    exact = leading > 0 and rest <= _MOST_TAIL
+    if bits is None and not exact and rows > CODEWORDS:
+        found = exact_codebooks(table)
+        if found is not None:
+            _look_up_codes(graph, node, tensor, *found)
+            return f"{CODEWORDS} codewords for every {GROUP} columns, exact"
     if bits is None:
         bits = 4 if exact else 8
     if not exact or bits == 8:
@@ -85,6 +125,68 @@ def quantize_word_embedding(graph: onnx.ModelProto, *, bits: int | None = None) 
     if not exact:
         return "int4 blocks of 32, rounded"
     return "int4 blocks of 32, exact" + (f", last {rest} rows fp32" if rest else "")
+
+
+def _look_up_codes(
+    graph: onnx.ModelProto,
+    node: onnx.NodeProto,
+    tensor: onnx.TensorProto,
+    codes: npt.NDArray[np.uint8],
+    words: _FloatArray,
+) -> None:
+    """Puts a lookup of codes and one of their codewords for a Gather."""
+    groups = len(words)
+    width = groups * GROUP
+    name, output = f"{tensor.name}_codes", node.output[0]
+    constants = [
+        numpy_helper.from_array(codes, name),
+        # All codebooks in one table: a code counts from where its own codebook begins.
+        numpy_helper.from_array(np.arange(groups, dtype=np.int32) * CODEWORDS, f"{name}_start"),
+        numpy_helper.from_array(words.reshape(-1, GROUP), f"{name}_words"),
+        numpy_helper.from_array(np.array([0, 0, width], np.int64), f"{name}_shape"),
+    ]
+    nodes = [
+        helper.make_node("Gather", [name, node.input[1]], [f"{output}_codes"]),
+        helper.make_node("Cast", [f"{output}_codes"], [f"{output}_int"], to=TensorProto.INT32),
+        helper.make_node("Add", [f"{output}_int", f"{name}_start"], [f"{output}_index"]),
+        helper.make_node("Gather", [f"{name}_words", f"{output}_index"], [f"{output}_parts"]),
+        helper.make_node("Reshape", [f"{output}_parts", f"{name}_shape"], [output]),
+    ]
+    _put(graph, node, tensor, nodes, constants)
+
+
+def _look_up_tail(
+    name: str, node: onnx.NodeProto, tail: _FloatArray, rows: int
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Makes the lookup of a small float table for the last rows; earlier ids read zeros."""
+    small = np.concatenate([np.zeros((1, tail.shape[1]), np.float32), tail])
+    names = [f"{name}_{part}" for part in ("tail", "offset", "zero")]
+    output = node.output[0]
+    return [
+        helper.make_node("Sub", [node.input[1], names[1]], [f"{output}_shifted"]),
+        helper.make_node("Max", [f"{output}_shifted", names[2]], [f"{output}_row"]),
+        helper.make_node("Gather", [names[0], f"{output}_row"], [f"{output}_tail"]),
+    ], [
+        numpy_helper.from_array(small, names[0]),
+        numpy_helper.from_array(np.array(rows - len(tail) - 1, np.int64), names[1]),
+        numpy_helper.from_array(np.array(0, np.int64), names[2]),
+    ]
+
+
+def _put(
+    graph: onnx.ModelProto,
+    node: onnx.NodeProto,
+    tensor: onnx.TensorProto,
+    nodes: list[onnx.NodeProto],
+    constants: list[onnx.TensorProto],
+) -> None:
+    """Puts nodes in a node's place and constants in its table's."""
+    position = list(graph.graph.node).index(node)
+    graph.graph.node.remove(node)
+    for offset, new in enumerate(nodes):
+        graph.graph.node.insert(position + offset, new)
+    graph.graph.initializer.remove(tensor)
+    graph.graph.initializer.extend(constants)
 
 
 def _replace(
@@ -127,22 +229,7 @@ def _replace(
     ]  # fmt: skip
     if len(tail):
         # Ids before the tail read row 0 of the small table, which is zero: the sum is exact.
-        small = np.concatenate([np.zeros((1, width), np.float32), tail])
-        names = [f"{quantized}_{part}" for part in ("tail", "offset", "zero")]
-        constants += [
-            numpy_helper.from_array(small, names[0]),
-            numpy_helper.from_array(np.array(rows - len(tail) - 1, np.int64), names[1]),
-            numpy_helper.from_array(np.array(0, np.int64), names[2]),
-        ]
-        nodes += [
-            helper.make_node("Sub", [node.input[1], names[1]], [f"{output}_shifted"]),
-            helper.make_node("Max", [f"{output}_shifted", names[2]], [f"{output}_row"]),
-            helper.make_node("Gather", [names[0], f"{output}_row"], [f"{output}_tail"]),
-            helper.make_node("Add", [lookup, f"{output}_tail"], [output]),
-        ]
-    position = list(graph.graph.node).index(node)
-    graph.graph.node.remove(node)
-    for offset, new in enumerate(nodes):
-        graph.graph.node.insert(position + offset, new)
-    graph.graph.initializer.remove(tensor)
-    graph.graph.initializer.extend(constants)
+        chosen, parts = _look_up_tail(quantized, node, tail, rows)
+        constants += parts
+        nodes += [*chosen, helper.make_node("Add", [lookup, f"{output}_tail"], [output])]
+    _put(graph, node, tensor, nodes, constants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,9 @@ class ExportOptions:
         version: Version of the model.
         license: SPDX identifier for the model card.
         notes: Markdown file to append to the model card: training data, known weaknesses.
-        temperature: Divisor of the logits, from a calibration; 1 for none.
+        scores: Calibration of the scores, a JSON object with `temperature`, the divisor of the
+            logits, perhaps `operating_points` (thresholds by name), and whatever else says how
+            they were found; None for a temperature of 1.
         threshold: Refusal probability from which a verdict counts as a refusal.
         refusal_label: Which label means refusal, where the labels do not say.
         gate: What the graphs must reach.
@@ -70,7 +73,7 @@ class ExportOptions:
     version: str = "1.0.0"
     license: str = "MIT"
     notes: Path | None = None
-    temperature: float = 1.0
+    scores: Path | None = None
     threshold: float = 0.5
     refusal_label: str | None = None
     gate: Gate = field(default_factory=Gate)
@@ -103,8 +106,9 @@ def export(
         raise ExportError(
             f"embeddings should be auto, int4, int8 or fp32, not {options.embeddings}"
         )
-    if not options.temperature > 0 or not 0 <= options.threshold <= 1:
-        raise ExportError("temperature should be above 0 and threshold a probability")
+    if not 0 <= options.threshold <= 1:
+        raise ExportError(f"threshold should be a probability, found {options.threshold}")
+    scores = read_scores(options.scores)
     try:
         notes = options.notes.read_text(encoding="utf-8") if options.notes else ""
     except OSError as error:
@@ -164,12 +168,37 @@ def export(
             version=options.version,
             license_name=options.license,
             notes=notes,
-            temperature=options.temperature,
+            scores=scores,
             threshold=options.threshold,
             graphs=entries,
             vocabulary=vocabulary,
             failed=failed,
         )
+
+
+def read_scores(path: Path | None) -> dict[str, Any]:
+    """Reads the calibration of the scores.
+
+    Raises:
+        ExportError: The file cannot be read, or holds no temperature or no probabilities.
+    """
+    if path is None:
+        return {"temperature": 1.0}
+    try:
+        scores = json.loads(path.read_bytes())
+        good = scores["temperature"] > 0 and all(
+            0 <= value <= 1 for value in scores.get("operating_points", {}).values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{path} is no calibration: {type(error).__name__}: {error}; it should be a JSON "
+            "object with a temperature"
+        ) from error
+    if not good:
+        raise ExportError(
+            f"{path}: temperature should be above 0 and operating points probabilities"
+        )
+    return dict(scores)
 
 
 def example_file() -> Path:

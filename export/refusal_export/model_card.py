@@ -33,6 +33,7 @@ def model_card(manifest: Mapping[str, Any], notes: str = "") -> str:
             if manifest["template"]["ellipsis"]
             else "text left out leaves no mark"
         ),
+        _calibration(manifest),
         _vocabulary(manifest.get("vocabulary")),
         _graphs(manifest["graphs"]),
         *(_languages(name, graph) for name, graph in manifest["graphs"].items()),
@@ -61,6 +62,27 @@ def _header(manifest: Mapping[str, Any]) -> str:
         "tags: [refusal, onnx]\n"
         "---"
     )
+
+
+def _calibration(manifest: Mapping[str, Any]) -> str:
+    report = manifest["calibration"]
+    if "rows" not in report:
+        return ""
+    before, after = (report[key]["expected_calibration_error"] for key in ("before", "after"))
+    lines = [
+        "## Calibration\n",
+        f"Logits are divided by a temperature of {report['temperature']:g}, fitted on "
+        f"{report['rows']:,} conversations that were not trained on: expected calibration error "
+        f"{before:.3f} before, {after:.3f} after.\n",
+        "| operating point | threshold | precision | recall |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, point in report["points"].items():
+        lines.append(
+            f"| {name} | {point['threshold']:g} | {point['precision']:.1%} "
+            f"| {point['recall']:.1%} |"
+        )
+    return "\n".join(lines)
 
 
 def _vocabulary(report: Mapping[str, Any] | None) -> str:

@@ -70,11 +70,17 @@ class Measurement:
 def load_texts(path: Path) -> Texts:
     """Reads labelled conversations: JSON Lines with `label` ("refusal" or not), `language`.
 
+    Args:
+        path: A file, possibly .gz, or a folder whose .jsonl files are read in order.
+
     Raises:
         ExportError: The file cannot be read.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        data = b"\n".join(file.read_bytes() for file in files)
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
         # As bytes, whose only line ends are those of JSON Lines; str has more.
         rows = [json.loads(line) for line in data.splitlines() if line.strip()]
     except (OSError, ValueError) as error:

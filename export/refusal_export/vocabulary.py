@@ -42,7 +42,8 @@ def prune(checkpoint: Checkpoint, pieces: Collection[str]) -> Checkpoint:
     """Returns the checkpoint with only the given pieces.
 
     Control tokens and all single characters, with and without the mark of a word's beginning,
-    are kept in any case, so no character becomes unknown that was not.
+    are kept in any case, so no character becomes unknown that was not. A checkpoint that has no
+    other pieces is returned as it is.
 
     Args:
         checkpoint: A checkpoint with a Unigram tokenizer.
@@ -66,6 +67,8 @@ def prune(checkpoint: Checkpoint, pieces: Collection[str]) -> Checkpoint:
         or (len(piece) == 2 and piece.startswith(_SPACE))
         or number == model["unk_id"]
     ]
+    if len(kept) == len(vocabulary):
+        return checkpoint
     # Added tokens beyond the vocabulary follow it, in their order.
     beyond = sorted(number for number in added.values() if number >= len(vocabulary))
     order = kept + beyond

@@ -102,6 +102,8 @@ class Bundle:
         temperature: Divisor of the logits before the softmax (Guo et al. 2017,
             "On Calibration of Modern Neural Networks"); 1 leaves them as they are.
         threshold: Refusal probability from which a verdict counts as a refusal.
+        operating_points: Further thresholds by name, chosen at calibration: "high_precision"
+            (few false alarms), "high_recall" (few misses).
         graphs: The graphs by variant name.
         files: SHA-256 and size in bytes of every file by relative path; empty without a manifest.
         notes: Explanations for `refusal info`: what was assumed in the absence of a manifest.
@@ -120,6 +122,7 @@ class Bundle:
     graphs: Mapping[str, Graph]
     files: Mapping[str, tuple[str, int]]
     notes: tuple[str, ...] = ()
+    operating_points: Mapping[str, float] = field(default_factory=dict)
 
     def choose(self, variant: str, provider: Provider) -> tuple[Graph, str]:
         """Picks the graph to run.
@@ -135,6 +138,26 @@ class Bundle:
             BundleError: There is no such variant, or none that suits the provider.
         """
         return choose_graph(self.graphs, variant, provider, where=str(self.folder))
+
+    def resolve_threshold(self, threshold: float | str | None) -> float:
+        """Returns a threshold given as a number, by the name of an operating point, or not at all.
+
+        Raises:
+            ValueError: It is no probability, or the bundle has no operating point of that name.
+        """
+        if threshold is None:
+            return self.threshold
+        if isinstance(threshold, str):
+            if threshold in self.operating_points:
+                return self.operating_points[threshold]
+            names = ", ".join(repr(name) for name in self.operating_points) or "none"
+            raise ValueError(
+                f"{self.name} has no operating point {threshold!r} (it has {names}); "
+                "give a probability instead"
+            )
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold should be a probability from 0 to 1, found {threshold!r}")
+        return float(threshold)
 
     def verify(self, graph: Graph) -> None:
         """Checks size and SHA-256 of every recorded file except the graphs that stay unused.
@@ -341,6 +364,15 @@ def _from_manifest(folder: Path, manifest: dict[str, Any]) -> Bundle:
         raise top.error("calibration.temperature", "a number above 0", temperature)
     if not 0 <= threshold <= 1:
         raise top.error("threshold", "a probability from 0 to 1", threshold)
+    points = {}
+    if "operating_points" in manifest:
+        within = top.within("operating_points")
+        for point in within.value:
+            points[point] = within.get(point, float, "a probability")
+            if not 0 <= points[point] <= 1:
+                raise within.error(
+                    within.prefix + point, "a probability from 0 to 1", points[point]
+                )
     if max_length < 1:
         raise top.error("max_length", "a positive number of tokens", max_length)
     return Bundle(
@@ -360,6 +392,7 @@ def _from_manifest(folder: Path, manifest: dict[str, Any]) -> Bundle:
         threshold=threshold,
         graphs=graphs,
         files=files,
+        operating_points=points,
     )
 
 

@@ -40,8 +40,9 @@ class RefusalClassifier:
         provider: "cpu", "cuda", or "auto": CUDA when this onnxruntime offers it and the bundle
             has a graph for it, CPU otherwise.
         threads: CPU threads; None for ORT_INTRA_OP_NUM_THREADS or what the process may use.
-        threshold: Refusal probability, 0 to 1, from which `Verdict.is_refusal` is true; None for
-            the bundle's own.
+        threshold: Refusal probability, 0 to 1, from which `Verdict.is_refusal` is true, or the
+            name of one of the bundle's operating points ("high_precision", "high_recall"); None
+            for the bundle's own.
         max_length: Token budget of a conversation; None for the bundle's own.
         truncation: What happens beyond it: "middle" elides older context and the middle of long
             messages, "head" keeps the first tokens, "error" raises.
@@ -60,13 +61,11 @@ class RefusalClassifier:
         variant: str = "auto",
         provider: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int | None = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         max_length: int | None = None,
         truncation: Truncation = "middle",
         local_files_only: bool = False,
     ) -> None:
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold should be a probability from 0 to 1, found {threshold!r}")
         if provider not in ("auto", "cpu", "cuda"):
             raise ValueError(f"provider should be 'auto', 'cpu' or 'cuda', found {provider!r}")
         self._options: dict[str, Any] = {
@@ -108,7 +107,7 @@ class RefusalClassifier:
             self._model = self.bundle.folder.absolute()
         elif model is not None:  # from the Hub, where the folder is named by its commit
             self._model = f"{str(model).partition('@')[0]}@{self.bundle.folder.name}"
-        self.threshold = self.bundle.threshold if threshold is None else float(threshold)
+        self.threshold = self.bundle.resolve_threshold(threshold)
         limit = self.bundle.max_length
         if max_length is not None and not 1 <= max_length <= limit:
             raise ValueError(f"max_length should be from 1 to {limit}, found {max_length!r}")

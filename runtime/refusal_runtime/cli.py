@@ -129,7 +129,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the input's own fields (named input_... where they clash with the result's)",
     )
-    classify.add_argument("--threshold", type=float, help="refusal probability that counts, 0 to 1")
+    classify.add_argument(
+        "--threshold", type=_threshold,
+        help="refusal probability that counts, 0 to 1, or high_precision or high_recall",
+    )  # fmt: skip
     classify.add_argument("--max-length", type=int, help="token budget of a conversation")
     classify.add_argument("--truncation", default="middle", choices=("middle", "head", "error"))
     classify.add_argument("--fail-on-refusal", action="store_true", help="exit with 4 if any")
@@ -147,6 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _threshold(text: str) -> float | str:
+    """Reads a number, or leaves the name of an operating point as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _load(options: argparse.Namespace, **more: Any) -> RefusalClassifier:
@@ -309,6 +320,10 @@ def _info(options: argparse.Namespace) -> int:
         ("role tokens", " ".join(bundle.template.roles.values())),
         ("ellipsis", bundle.template.ellipsis or "none"),
         ("threshold", f"{bundle.threshold:g}"),
+        *(
+            (name.replace("_", " "), f"from {value:g}")
+            for name, value in bundle.operating_points.items()
+        ),
         ("temperature", f"{bundle.temperature:g}"),
     ]
     for graph in bundle.graphs.values():
