@@ -2,8 +2,10 @@
 PYTHON ?= python3
 CHECKPOINT ?= agentlans/multilingual-e5-small-refusal-classifier
 OUT ?= models/bundle
-# What makes the embedded bundle: int8 with a vocabulary pruned to the 37 languages.
+# int8 with a vocabulary pruned to the 37 languages, as the embedded bundle.
 EXPORT_FLAGS ?= --variants int8 --vocabulary languages37
+
+EMBEDDED_FLAGS := --variants int8 --model-version 0.2.0 --eval benchmarks/data
 
 RUN := .venv
 DEV := .venv-dev
@@ -11,7 +13,7 @@ EXPORT := .venv-export
 PIP_FLAGS := --quiet --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard runtime/refusal_runtime/*.py runtime/refusal_runtime/model/*)
 
-.PHONY: run test lint export bench-accuracy bench-speed clean
+.PHONY: run test lint checkpoint export embedded edge bench-accuracy bench-speed clean
 
 run: $(RUN)/.done  ## classify the example conversations with the embedded model
 	$(RUN)/bin/refusal classify --format table examples/conversations.jsonl
@@ -24,10 +26,22 @@ lint: $(DEV)/.done  ## style and types
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 
+checkpoint: $(EXPORT)/.done  ## the PyTorch checkpoint behind the embedded bundle -> models/refusal-e5-small
+	$(EXPORT)/bin/python training/checkpoint.py models/refusal-e5-small
+
 export: $(EXPORT)/.done  ## CHECKPOINT -> OUT
 	$(EXPORT)/bin/refusal-export $(CHECKPOINT) $(OUT) $(EXPORT_FLAGS)
 
-bench-accuracy: $(DEV)/.done  ## DATA=labelled.jsonl
+embedded: checkpoint  ## the embedded bundle again -> models/embedded
+	$(EXPORT)/bin/refusal-export models/refusal-e5-small models/embedded $(EMBEDDED_FLAGS) \
+	  --name refusal-e5-small --scores training/scores.json --notes docs/embedded-model.md
+
+edge: $(EXPORT)/.done  ## the small bundle -> models/edge
+	$(EXPORT)/bin/python training/checkpoint.py models/refusal-e5-edge --weights training/weights/edge.safetensors
+	$(EXPORT)/bin/refusal-export models/refusal-e5-edge models/edge $(EMBEDDED_FLAGS) \
+	  --name refusal-e5-edge --scores training/scores-edge.json --notes docs/edge-model.md
+
+bench-accuracy: $(DEV)/.done  ## DATA=labelled.jsonl, else the project's own 37 languages
 	$(DEV)/bin/python benchmarks/accuracy.py $(DATA)
 
 bench-speed: $(DEV)/.done  ## CHECKPOINT=folder DATA=labelled.jsonl

@@ -14,11 +14,18 @@ from typing import Any
 from refusal_runtime import hardware
 
 RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parent / "data"  # the project's evaluation set, 37 languages
 _PACKAGES = ("refusal-runtime", "numpy", "tokenizers", "onnxruntime", "torch", "transformers")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads JSON Lines (possibly .gz) with `messages`, `label`, and maybe `language`, `source`."""
+    """Reads JSON Lines (possibly .gz) with `messages`, `label`, and maybe `language`, `source`.
+
+    Args:
+        path: A file, or a folder of .jsonl files.
+    """
+    if path.is_dir():
+        return [row for file in sorted(path.glob("*.jsonl")) for row in read_rows(file)]
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return [json.loads(line) for line in data.splitlines() if line.strip()]
 
