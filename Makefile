@@ -7,13 +7,18 @@ EXPORT_FLAGS ?= --variants int8 --vocabulary languages37
 
 EMBEDDED_FLAGS := --variants int8 --model-version 0.2.0 --eval benchmarks/data
 
+# The peers need the checkpoint; other bundles run beside the embedded one.
+BENCH_FLAGS ?= $(if $(wildcard models/refusal-e5-small),--checkpoint models/refusal-e5-small) \
+  $(if $(wildcard models/edge),--bundle edge=models/edge)
+
 RUN := .venv
 DEV := .venv-dev
 EXPORT := .venv-export
+BENCH := .venv-bench
 PIP_FLAGS := --quiet --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard runtime/refusal_runtime/*.py runtime/refusal_runtime/model/*)
 
-.PHONY: run test lint checkpoint export embedded edge bench-accuracy bench-speed clean
+.PHONY: run test lint checkpoint export embedded edge bench-accuracy bench bench-full clean
 
 run: $(RUN)/.done  ## classify the example conversations with the embedded model
 	$(RUN)/bin/refusal classify --format table examples/conversations.jsonl
@@ -44,8 +49,11 @@ edge: $(EXPORT)/.done  ## the small bundle -> models/edge
 bench-accuracy: $(DEV)/.done  ## DATA=labelled.jsonl, else the project's own 37 languages
 	$(DEV)/bin/python benchmarks/accuracy.py $(DATA)
 
-bench-speed: $(DEV)/.done  ## CHECKPOINT=folder DATA=labelled.jsonl
-	$(DEV)/bin/python benchmarks/speed.py $(CHECKPOINT) $(DATA)
+bench: $(BENCH)/.done  ## speed in minutes; BENCH_FLAGS="--checkpoint FOLDER --bundle NAME=FOLDER"
+	$(BENCH)/bin/python benchmarks/bench.py --save bench $(BENCH_FLAGS)
+
+bench-full: $(BENCH)/.done  ## the same in hours, up to a million rows
+	$(BENCH)/bin/python benchmarks/bench.py --full --save bench-full $(BENCH_FLAGS)
 
 $(RUN)/.done: $(SOURCES)
 	$(PYTHON) -m venv $(RUN)
@@ -63,6 +71,13 @@ $(EXPORT)/.done: pyproject.toml constraints-dev.txt
 	$(EXPORT)/bin/pip install $(PIP_FLAGS) -c constraints-dev.txt -e '.[export]'
 	touch $@
 
+# Where the peers cannot be installed the benchmark names them as skipped.
+$(BENCH)/.done: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install $(PIP_FLAGS) -c constraints-dev.txt -e '.[bench]'
+	-$(BENCH)/bin/pip install $(PIP_FLAGS) -c constraints-dev.txt -e '.[bench,bench-peers]'
+	touch $@
+
 # The runtime's dependencies as wheels, so that the test of the built wheel needs no network.
 .wheelhouse/.done: pyproject.toml $(DEV)/.done
 	rm -rf .wheelhouse
@@ -71,4 +86,4 @@ $(EXPORT)/.done: pyproject.toml constraints-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(RUN) $(DEV) $(EXPORT) .wheelhouse
+	rm -rf $(RUN) $(DEV) $(EXPORT) $(BENCH) .wheelhouse build/bench

