@@ -256,6 +256,26 @@ def test_stream_keeps_the_order_over_many_windows(opened: Open) -> None:
     assert verdicts(classifier, iter(rows)) == [classifier.classify(row) for row in rows]
 
 
+def test_repeated_conversations_are_computed_once(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = opened(threads=2)
+    rows = [*make_rows(30), *make_rows(30), *make_rows(30) * 5]
+    wanted = [classifier.classify(row) for row in rows]
+    lengths: list[int] = []
+    submit = classifier._execution.submit
+    monkeypatch.setattr(
+        classifier._execution, "submit", lambda batch: lengths.append(len(batch)) or submit(batch)
+    )
+    assert verdicts(classifier, rows) == wanted
+    assert sum(lengths) == len({verdict.logits for verdict in wanted}) <= 30
+    # What is remembered is bounded: beyond that a repetition is computed again.
+    monkeypatch.setattr("refusal_runtime.classifier._REMEMBERED", 5)
+    lengths.clear()
+    assert verdicts(classifier, rows) == wanted
+    assert 30 < sum(lengths) < len(rows)
+
+
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128])
 def test_stream_gives_one_result_for_each_row(opened: Open, count: int) -> None:
     results = list(opened().stream("hello" for _ in range(count)))

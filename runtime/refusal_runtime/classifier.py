@@ -24,6 +24,7 @@ EMBEDDED = Path(__file__).parent / "model"
 _PipelineRow: TypeAlias = "dict[str, str | float]"
 _PAD_TOKENS = ("<pad>", "[PAD]")
 _FIRST_WINDOW = 4
+_REMEMBERED = 4096  # conversations of a call whose repetitions are not computed again
 _UNSET: Any = object()
 _Started: TypeAlias = "tuple[Encoding, Future[Logits]] | ConversationError"
 
@@ -211,6 +212,7 @@ class RefusalClassifier:
         failure: Exception | None = None
         exhausted = False
         process = os.getpid()
+        recent: dict[bytes, Future[Logits]] = {}
         # Small windows first: whoever waits at the other end of a pipe soon sees something.
         size = _FIRST_WINDOW
         try:
@@ -224,7 +226,7 @@ class RefusalClassifier:
                         failure = error
                     exhausted = failure is not None or len(chunk) < size
                     size = min(2 * size, self._execution.window)
-                    windows.append(self._start(chunk))
+                    windows.append(self._start(chunk, recent))
                 if len(windows) > 1 or exhausted:
                     while windows[0]:
                         result = self._finish(windows[0].popleft())
@@ -241,20 +243,31 @@ class RefusalClassifier:
         if failure is not None:
             raise failure
 
-    def _start(self, chunk: Sequence[tuple[int, ConversationInput]]) -> deque[_Started]:
+    def _start(
+        self,
+        chunk: Sequence[tuple[int, ConversationInput]],
+        recent: dict[bytes, Future[Logits]],
+    ) -> deque[_Started]:
+        """Encodes a window and starts what `recent` does not hold yet, keyed by the token ids."""
         encoded: list[Encoding | ConversationError] = []
         for row, conversation in chunk:
             try:
                 encoded.append(self._encode(conversation, row))
             except ConversationError as error:
                 encoded.append(error)
-        futures = iter(
-            self._execution.submit([e.ids for e in encoded if not isinstance(e, ConversationError)])
-        )
-        return deque(
-            item if isinstance(item, ConversationError) else (item, next(futures))
+        new = {
+            item.ids.tobytes(): item.ids
+            for item in encoded
+            if not isinstance(item, ConversationError) and item.ids.tobytes() not in recent
+        }
+        recent.update(zip(new, self._execution.submit(list(new.values())), strict=True))
+        started: deque[_Started] = deque(
+            item if isinstance(item, ConversationError) else (item, recent[item.ids.tobytes()])
             for item in encoded
         )
+        while len(recent) > _REMEMBERED:
+            del recent[next(iter(recent))]
+        return started
 
     def _finish(self, started: _Started) -> Verdict | ConversationError:
         if isinstance(started, ConversationError):
