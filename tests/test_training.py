@@ -193,6 +193,22 @@ def test_base_weights_are_read_from_blocks() -> None:
     np.testing.assert_array_equal(found["bert.encoder.layer.0.attention.self.query.bias"], bias)
 
 
+def test_compressed_embeddings_decode_and_are_close() -> None:
+    import compress
+    import network
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(8, 16, generator=generator)
+    words = centres[torch.randint(8, (600,), generator=generator)]
+    words = words + 0.05 * torch.randn(600, 16, generator=generator)
+    codes, codewords = compress.compress(words, torch.ones(600))
+    assert codes.shape == (600, 4)
+    assert codewords.shape == (4, compress.CODEWORDS, 4)
+    rebuilt = network.decode(codes, codewords.half())
+    assert (rebuilt - words).square().mean() < 0.001 < (words - words.mean(0)).square().mean()
+
+
 def test_calibration_finds_the_temperature_that_made_the_labels() -> None:
     import calibrate
 

@@ -62,6 +62,7 @@ _LAYER = {
 }
 _EMBEDDING = {"word": "word_embeddings", "pos": "position_embeddings",
               "type": "token_type_embeddings", "ln": "LayerNorm"}  # fmt: skip
+_MATRICES = (".q.w", ".k.w", ".v.w", ".ao.w", ".fi.w", ".fo.w")
 _SUFFIX = {"w": "weight", "b": "bias"}
 CONFIG: dict[str, Any] = {
     "architectures": ["BertForSequenceClassification"],
@@ -179,13 +180,12 @@ def read_weights(blob: bytes) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         wanted = translate(name)
         if wanted is None:
             continue
-        matrix = name.endswith(".w") and ".ln" not in name and "ln." not in name
-        if name in ("emb.word", "emb.pos", "emb.type"):
-            values = values.reshape(-1, hidden)
-        elif matrix:
-            columns = 4 * hidden if ".fo." in name else hidden
-            values = values.reshape(-1, columns)
-        assert values.size == count
+        # Norms and biases are vectors; everything else is a matrix of whole rows, as wide as the
+        # hidden size but for the layer that comes down from the intermediate one.
+        if (name.startswith("emb.") and ".ln." not in name) or name.endswith(_MATRICES):
+            values = values.reshape(-1, 4 * hidden if name.endswith(".fo.w") else hidden)
+        if values.size != count:
+            raise SystemExit(f"{name} holds {values.size} values, {count} were announced")
         yield wanted, values
 
 

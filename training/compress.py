@@ -69,8 +69,8 @@ def compress(words: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, 
     codewords = torch.zeros((groups, CODEWORDS, GROUP))
     for group in tqdm(range(groups), desc="codebooks", disable=None):
         part = words[:, group * GROUP : (group + 1) * GROUP].contiguous()
-        chosen = torch.multinomial(weights, _SAMPLE, generator=generator)
-        centres = part[chosen[:CODEWORDS]].clone()
+        chosen = torch.multinomial(weights, _SAMPLE, replacement=True, generator=generator)
+        centres = part[torch.multinomial(weights, CODEWORDS, generator=generator)].clone()
         sample = part[chosen]
         for _ in range(_ROUNDS):
             nearest = torch.cdist(sample, centres).argmin(1)
