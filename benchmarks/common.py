@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refusal_runtime import hardware
+from refusal_runtime.version import __version__
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parent / "data"  # the project's evaluation set, 37 languages
@@ -43,6 +44,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    versions["refusal-runtime"] = __version__  # what runs, not what pip once installed
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": hardware.cpu_name(),

@@ -32,8 +32,8 @@ def table() -> str:
     """Renders the table from the committed results."""
     dev, examples = load("accuracy-dev"), load("accuracy-minos10")
     vocabulary = load("vocabulary")
-    found = load("bench") if exists("bench") else load("speed")
-    speed = from_bench(found) if found["benchmark"] == "bench" else from_speed(found)
+    found = load("bench")
+    speed = from_bench(found)
     languages = len(dev["classifier"]["by_language"])
     ours = load("accuracy-languages37")
     rows = [
@@ -152,38 +152,6 @@ def from_bench(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("start of the process to its first verdict", f"{start:.2f} s"))
         rows.append(("peak memory", f"{memory:,.0f} MiB"))
     return rows
-
-
-def from_speed(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows on speed as long as there is no bench.json."""
-    ours, single, batched = (
-        found["engines"][name] for name in ("refusal-runtime", "pipeline-1", "pipeline-16")
-    )
-    cold = ours["load_seconds"] / single["load_seconds"]
-    memory = ours["peak_memory_mib"] / single["peak_memory_mib"]
-    return [
-        (
-            "throughput, against a transformers pipeline, PyTorch fp32, one by one",
-            f"{single['times_slower']:.1f} times",
-        ),
-        (
-            "throughput, against that pipeline in batches of 16",
-            f"{batched['times_slower']:.1f} times",
-        ),
-        (
-            "start of the process to its first verdict, against that pipeline",
-            f"{cold:.2f} of its time",
-        ),
-        (
-            f"peak memory ({ours['peak_memory_mib']:,.0f} MiB), against that pipeline",
-            f"{memory:.2f} of its memory",
-        ),
-    ]
-
-
-def exists(name: str) -> bool:
-    """Whether there is a committed result of this name."""
-    return (RESULTS / f"{name}.json").is_file()
 
 
 def load(name: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_the_metadata_names_dependencies_extras_and_commands(content: dict[str, 
     base = {line.split(">=")[0] for line in required if "extra ==" not in line}
     assert base == {"numpy", "tokenizers"}
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if "Provides-Extra" in line}
-    assert extras == {"cpu", "gpu", "export", "bench", "dev"}
+    assert extras == {"cpu", "gpu", "export", "bench", "bench-peers", "train", "dev"}
     assert any("onnxruntime>=" in line and "extra == 'cpu'" in line for line in required)
     assert any("onnxruntime-gpu>=" in line and "extra == 'gpu'" in line for line in required)
     scripts = content[f"{info}/entry_points.txt"].decode()
