@@ -165,7 +165,9 @@ class Work:
         return {"samples": samples, "seconds": taken, "texts": len(samples)}
 
     def stream(self, texts: list[str], rows: int) -> dict[str, Any]:
-        """Streams a number of rows, the texts over and over; for engines of ours.
+        """Streams a number of rows, the texts over and over, each with a number of its own.
+
+        For engines of ours, which would not compute the very same conversation again.
 
         Returns:
             Seconds, and resident memory in MiB at ten points of the way.
@@ -174,7 +176,7 @@ class Work:
 
         step = max(1, rows // 10)
         memory = []
-        feed = (texts[number % len(texts)] for number in range(rows))
+        feed = (f"{texts[number % len(texts)]} {number}" for number in range(rows))
         start = time.perf_counter()
         for number, _ in enumerate(self.engine.stream(feed), start=1):
             if number % step == 0:
