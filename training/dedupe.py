@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sources
+from check_data import shingles
 from datasketch import MinHash, MinHashLSH
 from tqdm import tqdm
 
@@ -66,11 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def reply(row: sources.Row) -> str:
     """Returns the judged reply, case and white space folded."""
     return " ".join(row["messages"][-1]["content"].casefold().split())
-
-
-def shingles(text: str) -> set[str]:
-    """Returns the runs of five characters."""
-    return {text[at : at + 5] for at in range(max(1, len(text) - 4))}
 
 
 def sketch(parts: set[str]) -> MinHash:

@@ -255,15 +255,19 @@ class RefusalClassifier:
                 encoded.append(self._encode(conversation, row))
             except ConversationError as error:
                 encoded.append(error)
-        new = {
-            item.ids.tobytes(): item.ids
+        keyed = [
+            (item, b"" if isinstance(item, ConversationError) else item.ids.tobytes())
             for item in encoded
-            if not isinstance(item, ConversationError) and item.ids.tobytes() not in recent
+        ]
+        new = {
+            key: item.ids
+            for item, key in keyed
+            if not isinstance(item, ConversationError) and key not in recent
         }
         recent.update(zip(new, self._execution.submit(list(new.values())), strict=True))
         started: deque[_Started] = deque(
-            item if isinstance(item, ConversationError) else (item, recent[item.ids.tobytes()])
-            for item in encoded
+            item if isinstance(item, ConversationError) else (item, recent[key])
+            for item, key in keyed
         )
         while len(recent) > _REMEMBERED:
             del recent[next(iter(recent))]
