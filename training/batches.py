@@ -54,6 +54,7 @@ class Planner:
         checkpoint: The model's tokenizer, template and longest input.
         tokens: Padded tokens in a batch, at most.
         seed: Of everything random.
+        longest: Tokens of a conversation, at most; longer budgets are cut to it.
         plain: No augmentation, one budget of 256 tokens, for comparisons.
         response_only: The judged message alone, for comparisons.
     """
@@ -65,6 +66,7 @@ class Planner:
         *,
         tokens: int,
         seed: int,
+        longest: int = 512,
         plain: bool = False,
         response_only: bool = False,
     ) -> None:
@@ -74,7 +76,7 @@ class Planner:
             budget: Encoder(
                 checkpoint.make_tokenizer(),
                 checkpoint.template,
-                max_length=min(budget, checkpoint.max_length),
+                max_length=min(budget, longest, checkpoint.max_length),
             )
             for budget, _ in BUDGETS
         }

@@ -32,7 +32,8 @@ KINDS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "alarming": ((1, 4), (0, 2)),
     "formats": ((0, 4), (0, 1)),
     "creative": ((0, 5), (0, 2)),
-    "lecture": ((0, 0), (0, 0)),  # of the second tranche, which also holds more of the others
+    "lecture": ((0, 0), (0, 0)),  # of the later tranches, which also hold more of the others
+    "roundabout": ((0, 0), (0, 0)),
 }
 PAIRS = (10, 3)  # same request, both outcomes
 # The scripts that a language's letters are in, by the first word of their Unicode names.

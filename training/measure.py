@@ -2,7 +2,7 @@
 
     python training/measure.py NAME=CHECKPOINT ... --data SET ... [--save training/results.json]
 
-In PyTorch, bfloat16 arithmetic, at most 256 tokens: for comparing runs with each other.  What is
+In PyTorch, bfloat16 arithmetic unless told otherwise, at most 256 tokens: for comparing runs with each other.  What is
 shipped is measured by benchmarks/accuracy.py.
 """
 
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="files or folders")
     parser.add_argument("--save", type=Path, help="JSON, added to what is there")
+    parser.add_argument("--fp32", action="store_true", help="for processors without bfloat16")
     options = parser.parse_args(arguments)
     sets = {path.name.partition(".")[0]: rows_of(path) for path in options.data}
     results: dict[str, Any] = {}
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = network.trainable(checkpoint)
         found = results.setdefault(name, {"layers": model.config.num_hidden_layers})
         for title, rows in sets.items():
-            found[title] = train.evaluate(model, checkpoint, rows)
+            found[title] = train.evaluate(model, checkpoint, rows, bf16=not options.fp32)
             print(f"{name:<24} {title:<12} {found[title]['all'][0]:.4f}", flush=True)
         if options.save:
             text = json.dumps(results, indent=1, ensure_ascii=False)

@@ -23,10 +23,10 @@ WRITTEN = Path(__file__).parent / "data"
 # of PolyRefuse are many and alike, IndoSafety's labels are a regular expression's, MT-Bench has 80
 # questions: all are held back so that none teaches its own phrases or topics.
 POOL_SAMPLE: Mapping[tuple[str, str], int] = {
-    ("polyrefuse", "refusal"): 2600,
+    ("polyrefuse", "refusal"): 1800,
     ("polyrefuse", "non-refusal"): 1200,
-    ("k-overrefusal", "refusal"): 900,
-    ("k-overrefusal", "non-refusal"): 900,
+    ("k-overrefusal", "refusal"): 1600,
+    ("k-overrefusal", "non-refusal"): 1600,
     ("indosafety", "refusal"): 400,
     ("indosafety", "non-refusal"): 400,
     ("speechmap", "refusal"): 263,

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--written-repeat", type=int, default=1, help="0 leaves ours out")
     parser.add_argument("--dev", type=Path, help="labelled conversations to measure on")
     parser.add_argument("--dev-limit", type=int, default=600)
+    parser.add_argument("--fresh", type=int, help="our text from this number on comes twice")
+    parser.add_argument("--longest", type=int, default=512, help="tokens of a conversation")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--decay", type=float, default=0.01, help="weight decay")
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-steps", type=int, help="plan so many steps, for comparisons")
     parser.add_argument("--stop-after", type=int, help="stop there; the same call again goes on")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--fp32", action="store_true", help="no bfloat16 arithmetic")
+    parser.add_argument("--fp32", action="store_true", help="for processors without bfloat16")
     options = parser.parse_args(arguments)
     start = network.load(options.start)
     layers = [int(number) for number in options.layers.split(",")] if options.layers else None
@@ -73,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start,
         tokens=options.batch_tokens,
         seed=options.seed,
+        longest=options.longest,
         plain=options.plain,
         response_only=options.response_only,
     )
@@ -81,12 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.lora:
         tuned.merge_and_unload()
     network.save(model, start, options.out)
-    found = evaluate(model, start, held, response_only=options.response_only)
-    result = {"held_back": found}
-    if options.dev:
-        dev = sources.read(options.dev)
-        dev = dev[:: max(1, len(dev) // options.dev_limit)]
-        result["dev"] = evaluate(model, start, dev, response_only=options.response_only)
+    dev = sources.read(options.dev) if options.dev else []
+    result = {
+        name: evaluate(
+            model, start, some, bf16=not options.fp32, response_only=options.response_only
+        )
+        for name, some in (
+            ("held_back", held),
+            ("dev", dev[:: max(1, len(dev) // options.dev_limit)]),
+        )
+    }
     record = {
         "arguments": {key: str(value) for key, value in vars(options).items() if value is not None},
         "conversations": len(rows),
@@ -106,8 +113,9 @@ def data(options: argparse.Namespace) -> tuple[list[sources.Row], list[sources.R
         )
         rows, _ = sources.split(pool)
     written, held = sources.split(sources.read_written(options.written))
-    if options.written_repeat:
-        rows += [{**row, "repeat": options.written_repeat} for row in written]
+    for row in written:
+        fresh = options.fresh is not None and int(row["id"].rsplit("-", 1)[1]) >= options.fresh
+        rows.append({**row, "repeat": options.written_repeat * (1 + fresh)})
     return rows, held
 
 
@@ -214,12 +222,12 @@ def loss_of(
     """Returns the loss of a batch."""
     functional = torch.nn.functional
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        wanted = teacher is not None
+        wanted = teacher is not None and layers is not None
         found = model(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=wanted)
         if teacher is not None:
             with torch.no_grad():
                 guide = teacher(
-                    input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True
+                    input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=wanted
                 )
     logits = found.logits.float()
     hard = functional.cross_entropy(
@@ -233,17 +241,19 @@ def loss_of(
         (guide.logits.float() / _SOFTNESS).softmax(-1),
         reduction="batchmean",
     )
+    loss = 0.3 * loss + _SOFTNESS**2 * soft
+    if layers is None:  # a student that has been aligned before goes on with the logits alone
+        return loss
     mask = batch.mask.unsqueeze(-1).float()
     hidden = logits.new_zeros(())
     # A student's layer n stands for the teacher's layers up to the next one kept.
-    depth = len(guide.hidden_states) - 1
-    ends = [*(layers or range(depth))[1:], depth]
+    ends = [*layers[1:], len(guide.hidden_states) - 1]
     for mine, theirs in zip(found.hidden_states[1:], ends, strict=True):
         a, b = mine.float(), guide.hidden_states[theirs].float()
         a = functional.layer_norm(a, a.shape[-1:])
         b = functional.layer_norm(b, b.shape[-1:])
         hidden = hidden + ((a - b).square() * mask).sum() / (mask.sum() * a.shape[-1])
-    return 0.3 * loss + _SOFTNESS**2 * soft + hidden / len(ends)
+    return loss + hidden / len(ends)
 
 
 @torch.inference_mode()
@@ -252,13 +262,14 @@ def evaluate(
     checkpoint: Checkpoint,
     rows: Iterable[sources.Row],
     *,
+    bf16: bool = True,
     response_only: bool = False,
 ) -> dict[str, Any]:
     """Measures accuracy, overall and by kind or source and language."""
     rows = list(rows)
     if not rows:
         return {}
-    logits = judge(model, checkpoint, rows, response_only=response_only)
+    logits = judge(model, checkpoint, rows, bf16=bf16, response_only=response_only)
     right = [
         bool(row_logits.argmax() == (row["label"] == "refusal"))
         for row_logits, row in zip(logits, rows, strict=True)
@@ -277,6 +288,7 @@ def judge(
     checkpoint: Checkpoint,
     rows: Sequence[sources.Row],
     *,
+    bf16: bool = True,
     response_only: bool = False,
 ) -> torch.Tensor:
     """Returns the logits of rows, float32 of shape (rows, labels), in their order."""
@@ -291,7 +303,7 @@ def judge(
     model.eval()
     logits = torch.zeros(len(rows), model.config.num_labels)
     for batch in planner.epoch(0):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             found = model(input_ids=batch.ids, attention_mask=batch.mask).logits
         logits[batch.weights.long()] = found.float()
     return logits
