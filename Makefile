@@ -5,7 +5,7 @@ OUT ?= models/bundle
 # int8 with a vocabulary pruned to the 37 languages, as the embedded bundle.
 EXPORT_FLAGS ?= --variants int8 --vocabulary languages37
 
-EMBEDDED_FLAGS := --variants int8 --model-version 0.2.0 --eval benchmarks/data
+EMBEDDED_FLAGS := --variants int8 --model-version 0.3.0 --eval benchmarks/data
 
 # The peers need the checkpoint; other bundles run beside the embedded one.
 BENCH_FLAGS ?= $(if $(wildcard models/refusal-e5-small),--checkpoint models/refusal-e5-small) \
@@ -18,7 +18,7 @@ BENCH := .venv-bench
 PIP_FLAGS := --quiet --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard runtime/refusal_runtime/*.py runtime/refusal_runtime/model/*)
 
-.PHONY: run test lint checkpoint export embedded bench-accuracy bench bench-full clean
+.PHONY: run test lint checkpoint export embedded edge bench-accuracy bench bench-full clean
 
 run: $(RUN)/.done  ## classify the example conversations with the embedded model
 	$(RUN)/bin/refusal classify --format table examples/conversations.jsonl
@@ -39,7 +39,15 @@ export: $(EXPORT)/.done  ## CHECKPOINT -> OUT
 
 embedded: checkpoint  ## the embedded bundle again -> models/embedded
 	$(EXPORT)/bin/refusal-export models/refusal-e5-small models/embedded $(EMBEDDED_FLAGS) \
+	  --profiles default=256,fast=192,thorough=512 \
 	  --name refusal-e5-small --scores training/scores.json --notes docs/embedded-model.md
+
+edge: $(EXPORT)/.done training/weights/edge.safetensors training/scores-edge.json  ## the small, fast bundle -> models/edge
+	$(EXPORT)/bin/python training/checkpoint.py models/refusal-e5-edge \
+	  --weights training/weights/edge.safetensors
+	$(EXPORT)/bin/refusal-export models/refusal-e5-edge models/edge $(EMBEDDED_FLAGS) \
+	  --profiles default=192,fast=128,thorough=512 \
+	  --name refusal-e5-edge --scores training/scores-edge.json --notes docs/edge-model.md
 
 bench-accuracy: $(DEV)/.done  ## DATA=labelled.jsonl, else the project's own 37 languages
 	$(DEV)/bin/python benchmarks/accuracy.py $(DATA)

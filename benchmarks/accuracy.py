@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("data", type=Path, nargs="?", default=DATA)
     parser.add_argument("--model", help="bundle or Hub id; default: the embedded model")
     parser.add_argument("--variant", default="auto")
+    parser.add_argument("--profile", help="token budget by name; default: the model's default")
     parser.add_argument("--checkpoint", help="PyTorch checkpoint to compare with, in fp32")
     parser.add_argument(
         "--limit", type=int, help="use only every n-th row so that about LIMIT stay"
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.limit and options.limit < len(rows):
         rows = rows[:: len(rows) // options.limit][: options.limit]
     truth = [is_refusal(row) for row in rows]
-    classifier = RefusalClassifier(options.model, variant=options.variant)
+    classifier = RefusalClassifier(
+        options.model, variant=options.variant, max_length=options.profile
+    )
     result: dict[str, Any] = {
         "benchmark": "accuracy",
         "environment": environment(),
@@ -57,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": len(rows),
         "model": f"{classifier.bundle.name} {classifier.bundle.version}".strip(),
         "variant": classifier.graph.name,
+        "max_length": classifier.max_length,
     }
     start = time.perf_counter()
     verdicts = list(classifier.stream(rows, on_error="raise"))
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if all("messages" in row for row in rows):
         result["keywords"] = score(rows, truth, [keywords.refuses(row) for row in rows])
     if options.checkpoint:
-        reference = torch_labels(options.checkpoint, rows)
+        reference = torch_labels(options.checkpoint, rows, classifier.max_length)
         result["checkpoint"] = score(rows, truth, reference)
         agreement = sum(a == b for a, b in zip(found, reference, strict=True)) / len(rows)
         result["label_agreement"] = agreement
@@ -94,14 +98,15 @@ def labels(classifier: RefusalClassifier, verdicts: Sequence[Verdict]) -> list[b
     return [verdict.label == refusal for verdict in verdicts]
 
 
-def torch_labels(checkpoint: str, rows: list[dict[str, Any]]) -> list[bool]:
-    """Judges the rows with the PyTorch checkpoint in fp32, one by one at exact length."""
+def torch_labels(checkpoint: str, rows: list[dict[str, Any]], max_length: int) -> list[bool]:
+    """Judges the rows with the PyTorch checkpoint in fp32, one by one, within the same budget."""
     from refusal_export.checkpoint import load_checkpoint
     from refusal_export.verify import Texts, encode_texts, torch_logits
 
     loaded = load_checkpoint(checkpoint)
     texts = Texts("rows", rows, [None] * len(rows), [""] * len(rows))
-    logits = torch_logits(loaded.model, encode_texts(loaded, texts), title="PyTorch fp32")
+    batch = encode_texts(loaded, texts, max_length=max_length)
+    logits = torch_logits(loaded.model, batch, title="PyTorch fp32")
     return [int(row.argmax()) == loaded.refusal_id for row in logits]
 
 

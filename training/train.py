@@ -2,14 +2,17 @@
 
     python training/train.py START OUT --pool pool.jsonl.gz [--dev dev.jsonl.gz]
     python training/train.py TEACHER OUT --layers 0,2,4,6,8,11 --teacher TEACHER --pool ...
+    python training/train.py STUDENT OUT --teacher TEACHER --pool ...
 
 START is a checkpoint: a folder or a Hub id.  Everything that can be repeated is: the same
 arguments give the same run, and a run that was stopped goes on from OUT/state.pt, which is written
 every few minutes.  Without --pool the project's own conversations alone are trained on.
 
 Loss: cross entropy with label smoothing; with a teacher also the KL divergence of its softened
-logits (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network") and the mean square
-error of hidden states between matched layers (Jiao et al. 2020, "TinyBERT"), on the same tokens.
+logits (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network") and, where --layers says
+which of its layers a student begins with, the mean square error of hidden states between matched
+layers (Jiao et al. 2020, "TinyBERT"), on the same tokens.  A student that has been through that
+goes on from the logits alone.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="where the trained checkpoint goes")
     parser.add_argument("--pool", type=Path, help="public conversations, .jsonl or .jsonl.gz")
     parser.add_argument("--pool-share", type=float, default=1.0, help="of sources.POOL_SAMPLE")
+    parser.add_argument("--drop", type=Path, help="ids to leave out of the pool, from dedupe.py")
     parser.add_argument("--written", type=Path, default=sources.WRITTEN, help="our own text")
     parser.add_argument("--written-repeat", type=int, default=1, help="0 leaves ours out")
     parser.add_argument("--dev", type=Path, help="labelled conversations to measure on")
@@ -108,9 +112,9 @@ def data(options: argparse.Namespace) -> tuple[list[sources.Row], list[sources.R
     """Returns the rows to train on and our own rows that are held back."""
     rows: list[sources.Row] = []
     if options.pool:
-        pool = sources.sample_pool(
-            sources.read(options.pool), seed=options.seed, share=options.pool_share
-        )
+        dropped = set(json.loads(options.drop.read_bytes())) if options.drop else set()
+        pool = [row for row in sources.read(options.pool) if row["id"] not in dropped]
+        pool = sources.sample_pool(pool, seed=options.seed, share=options.pool_share)
         rows, _ = sources.split(pool)
     written, held = sources.split(sources.read_written(options.written))
     for row in written:

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 license=options.license,
                 notes=options.notes,
                 scores=options.scores,
+                profiles=options.profiles,
                 threshold=options.threshold,
                 refusal_label=options.refusal_label,
                 gate=Gate(
@@ -100,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--license", default="MIT", help="SPDX identifier; default: %(default)s")
     add("--notes", type=Path, metavar="FILE", help="Markdown to append to the model card")
     add("--scores", type=Path, metavar="FILE", help="calibration of scores, JSON; default: none")
+    add("--profiles", type=_profiles, default={}, metavar="NAME=TOKENS,...",
+        help="token budgets by name; 'default' is used unless told otherwise")  # fmt: skip
     add("--threshold", type=float, default=0.5, help="default: %(default)s")
     add("--refusal-label", help="which label means refusal, where the labels do not say")
     add("--max-difference", type=float, default=1e-3, help="gate for fp32; default: %(default)s")
@@ -107,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-accuracy-drop", type=float, default=0.005, help="gate; default: %(default)s")
     add("--force", action="store_true", help="write even if verification fails, and record it")
     return parser
+
+
+def _profiles(text: str) -> dict[str, int]:
+    """Reads `default=256,fast=192`."""
+    pairs = (item.partition("=") for item in text.split(","))
+    return {name.strip(): int(tokens) for name, _, tokens in pairs}
 
 
 def _peak_memory() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from refusal_export.verify import (
     encode_texts,
     graph_logits,
     load_texts,
+    make_encoder,
     measure,
     report_failures,
     stretch,
@@ -58,6 +59,8 @@ class ExportOptions:
         scores: Calibration of the scores, a JSON object with `temperature`, the divisor of the
             logits, perhaps `operating_points` (thresholds by name), and whatever else says how
             they were found; None for a temperature of 1.
+        profiles: Token budgets by name; "default" is what a conversation gets unless told
+            otherwise, where it is missing all that the model takes.
         threshold: Refusal probability from which a verdict counts as a refusal.
         refusal_label: Which label means refusal, where the labels do not say.
         gate: What the graphs must reach.
@@ -74,6 +77,7 @@ class ExportOptions:
     license: str = "MIT"
     notes: Path | None = None
     scores: Path | None = None
+    profiles: Mapping[str, int] = field(default_factory=dict)
     threshold: float = 0.5
     refusal_label: str | None = None
     gate: Gate = field(default_factory=Gate)
@@ -114,6 +118,15 @@ def export(
     except OSError as error:
         raise ExportError(f"{options.notes} cannot be read: {error}") from error
     original = load_checkpoint(checkpoint, refusal=options.refusal_label)
+    for name, tokens in options.profiles.items():
+        if tokens > original.max_length:
+            raise ExportError(
+                f"profile {name} has {tokens} tokens, the checkpoint takes {original.max_length}"
+            )
+        try:
+            make_encoder(original, tokens)
+        except ValueError as error:
+            raise ExportError(f"profile {name}: {error}") from error
     loaded = original
     if options.vocabulary is not None:
         loaded = prune(original, load_pieces(options.vocabulary))
@@ -169,6 +182,7 @@ def export(
             license_name=options.license,
             notes=notes,
             scores=scores,
+            profiles=options.profiles,
             threshold=options.threshold,
             graphs=entries,
             vocabulary=vocabulary,
@@ -221,9 +235,16 @@ def _make(
     if variant == "fp16":
         return to_half(fused), {**recipe, "normalizations": "fp32"}
     if variant == "int8":
+        if split := graphs.split_skips(fused):
+            recipe["fusions"] = {
+                **graphs.fusion_counts(fused),
+                "Add, Sum and LayerNormalization": split,
+            }
         fused = quantize_int8(fused, calibration=calibration)
         recipe["weights"] = "int8 in 7 bits, a scale per column, error-compensated (GPTQ)"
-        recipe["activations"] = "uint8, a scale per token, equalized (SmoothQuant)"
+        recipe["activations"] = (
+            "uint8; LayerNorm outputs equalized (SmoothQuant), the others with a scale per token"
+        )
         if embeddings != "fp32":
             bits = {"auto": None, "int4": 4, "int8": 8}[embeddings]
             recipe["embeddings"] = quantize_word_embedding(fused, bits=bits)

@@ -90,6 +90,42 @@ def check_fusions(graph: onnx.ModelProto, layers: int, *, embedding: bool) -> No
         )
 
 
+def split_skips(graph: onnx.ModelProto) -> int:
+    """Writes every SkipLayerNormalization as its additions and a LayerNormalization, in place.
+
+    For CPU graphs: onnxruntime's kernel of the fused operator (1.32) sums a row value by value
+    and takes three times as long as the three plain operators, whose loops are vectorized. The
+    second addition is a Sum, because onnxruntime fuses Add and LayerNormalization again at load.
+    The figures are in benchmarks/NOTES.md. Nodes whose sum is used elsewhere too are left alone.
+
+    Returns:
+        How many were written apart.
+    """
+    nodes: list[onnx.NodeProto] = []
+    split = 0
+    for node in graph.graph.node:
+        if node.op_type != "SkipLayerNormalization" or any(node.output[1:]):
+            nodes.append(node)
+            continue
+        split += 1
+        name = node.output[0]
+        value, skip, gamma, beta, bias = [*node.input, "", ""][:5]
+        if bias:
+            nodes.append(onnx.helper.make_node("Add", [value, bias], [f"{name}_biased"]))
+            value = f"{name}_biased"
+        nodes.append(onnx.helper.make_node("Sum", [value, skip], [f"{name}_sum"]))
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-12)
+        inputs = [f"{name}_sum", gamma, *([beta] if beta else [])]
+        nodes.append(
+            onnx.helper.make_node(
+                "LayerNormalization", inputs, [name], node.name, axis=-1, epsilon=epsilon
+            )
+        )
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    return split
+
+
 def fusion_counts(graph: onnx.ModelProto) -> dict[str, int]:
     """Counts the fused operators of a graph, for its manifest."""
     names = ("Attention", "BiasGelu", "SkipLayerNormalization", "EmbedLayerNormalization")

@@ -27,7 +27,7 @@ def model_card(manifest: Mapping[str, Any], notes: str = "") -> str:
         f"{shape['hidden_size']}, vocabulary {shape['vocabulary']:,}\n"
         f"- Labels: {labels}; `{manifest['refusal_label']}` means refusal from a probability of "
         f"{manifest['threshold']:g}\n"
-        f"- Input: `{example}`, at most {manifest['max_length']} tokens; "
+        f"- Input: `{example}`, at most {manifest['max_length']} tokens{_profiles(manifest)}; "
         + (
             f"`{manifest['template']['ellipsis']}` stands for text left out"
             if manifest["template"]["ellipsis"]
@@ -51,6 +51,15 @@ def model_card(manifest: Mapping[str, Any], notes: str = "") -> str:
     if "verification_failed" in manifest:
         parts.insert(2, f"**Verification failed**: {manifest['verification_failed']}")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _profiles(manifest: Mapping[str, Any]) -> str:
+    """Names the token budgets that the runtime offers."""
+    profiles = manifest.get("profiles")
+    if not profiles:
+        return ""
+    budgets = ", ".join(f"{tokens} ({name})" for name, tokens in profiles.items())
+    return f", in the runtime {budgets}; what follows was measured with all"
 
 
 def _header(manifest: Mapping[str, Any]) -> str:

@@ -6,16 +6,17 @@ What is done, for x of shape (batch, length, K) float32 and W of shape (K, N) fl
   VNNI) adds two u8*s8 products in int16: 255*64*2 = 32640 cannot saturate, 255*127*2 would.
   The lost bit is won back by error compensation over the calibration activations: GPTQ,
   Frantar et al. 2022 (arXiv:2210.17323), algorithm 1.
-* Activations: uint8. Every token is divided by its own max|x| before it is rounded to 255 levels
-  in [-1, 1], and the product multiplied by it: the few tokens with massive values no longer
-  coarsen the others, and no other token or text changes what a token becomes.
-* LayerNorm outputs are equalized before that, as in SmoothQuant, Xiao et al. 2022
-  (arXiv:2211.10438), equation 4: x' = x/s, W' = s*W, s_k = max|x_k|^a / max|W_k|^(1-a). An
-  explicit Mul does it, as a LayerNorm output also feeds the residual sum.
+* LayerNorm outputs are equalized, as in SmoothQuant, Xiao et al. 2022 (arXiv:2211.10438), equation
+  4: x' = x/s, W' = s*W, s_k = max|x_k|^a / max|W_k|^(1-a). An explicit Mul does it, as a LayerNorm
+  output also feeds the residual sum. Then one dynamic uint8 range serves the whole tensor: run
+  such a graph one text at a time.
+* Other activations: uint8 with a scale for each token. A token is divided by its own max|x| before
+  it is rounded to 255 levels in [-1, 1], and the product multiplied by it: the few tokens with
+  massive values do not coarsen the others.
 * Fused Attention becomes one int8 matmul for Q, K and V, Split and MultiHeadAttention.
 
-Without calibration there is no equalization and no error compensation. The result needs
-onnxruntime's com.microsoft CPU kernels.
+Without calibration there is no equalization and no error compensation, and every activation has a
+scale for each token. The result needs onnxruntime's com.microsoft CPU kernels.
 """
 
 from __future__ import annotations
@@ -311,23 +312,37 @@ def _write_source(writer: _Writer, group: _Group) -> tuple[str, str, str, str]:
 
     Returns:
         Names of the uint8 levels (batch, length, K), their scale and zero point, and the fp32
-        token maxima (batch, length, 1) to multiply the product by.
+        token maxima (batch, length, 1) to multiply the product by, "" where one range serves all.
     """
     name = group.source
-    scale = writer.constant("row_int8_scale", 1.0 / 127.0, np.float32)
-    zero = writer.constant("row_int8_zero", 128, np.uint8)
-    tiny = writer.constant("row_int8_tiny", 1e-12, np.float32)
     even = name
     if group.divisor is not None:
         factor = writer.constant(f"{name}_int8_factor", 1.0 / group.divisor, np.float32)
         even = writer.op("Mul", [name, factor], f"{name}_int8_even")
-    size = writer.op("Abs", [even], f"{name}_int8_size")
+        outputs = (f"{name}_int8", f"{name}_int8_scale", f"{name}_int8_zero")
+        writer.op("DynamicQuantizeLinear", [even], *outputs)
+        return *outputs, ""
+    size = writer.op("Abs", [name], f"{name}_int8_size")
     axes = writer.constant("row_int8_axes", [-1], np.int64)
     top = writer.op("ReduceMax", [size, axes], f"{name}_int8_top", keepdims=1)
+    tiny = writer.constant("row_int8_tiny", 1e-12, np.float32)
     safe = writer.op("Max", [top, tiny], f"{name}_int8_row")
-    unit = writer.op("Div", [even, safe], f"{name}_int8_unit")
-    levels = writer.op("QuantizeLinear", [unit, scale, zero], f"{name}_int8")
-    return levels, scale, zero, safe
+    # As a matrix, because QuantizeLinear takes a scale for each index of one axis: that spares a
+    # division of the whole tensor.
+    width = group.weights[0].shape[0]
+    rows = writer.constant(f"row_int8_{width}", [-1, width], np.int64)
+    flat = writer.op("Reshape", [name, rows], f"{name}_int8_flat")
+    scale = writer.constant("row_int8_scale", 1.0 / 127.0, np.float32)
+    step = writer.op("Mul", [safe, scale], f"{name}_int8_step")
+    line = writer.constant("row_int8_line", [-1], np.int64)
+    steps = writer.op("Reshape", [step, line], f"{name}_int8_steps")
+    count = writer.op("Shape", [steps], f"{name}_int8_count")
+    middle = helper.make_tensor("middle", onnx.TensorProto.UINT8, [1], [128])
+    zeros = writer.op("ConstantOfShape", [count], f"{name}_int8_zeros", value=middle)
+    levels = writer.op("QuantizeLinear", [flat, steps, zeros], f"{name}_int8_levels", axis=0)
+    shape = writer.op("Shape", [name], f"{name}_int8_shape")
+    zero = writer.constant("row_int8_zero", 128, np.uint8)
+    return writer.op("Reshape", [levels, shape], f"{name}_int8"), scale, zero, safe
 
 
 def _write_linear(
@@ -351,8 +366,12 @@ def _write_linear(
         zero,
         writer.constant(f"{name}_int8_weight_zero", np.zeros_like(scale), np.int8),
     ]
-    matmul = writer.op("MatMulIntegerToFloat", inputs, f"{name}_int8_matmul")
-    product = writer.op("Mul", [matmul, top], f"{name}_int8_product" if attention else name)
+    product = f"{name}_int8_product" if attention else name
+    if top:
+        matmul = writer.op("MatMulIntegerToFloat", inputs, f"{name}_int8_matmul")
+        writer.op("Mul", [matmul, top], product)
+    else:
+        writer.op("MatMulIntegerToFloat", inputs, product)
     if attention:
         third = weight.shape[1] // 3
         sizes = writer.constant(f"{name}_int8_sizes", [third] * 3, np.int64)

@@ -127,8 +127,15 @@ def stretch(texts: Texts, checkpoint: Checkpoint) -> Texts:
     )
 
 
-def encode_texts(checkpoint: Checkpoint, texts: Texts) -> list[IdArray]:
+def encode_texts(
+    checkpoint: Checkpoint, texts: Texts, *, max_length: int | None = None
+) -> list[IdArray]:
     """Encodes with the runtime's own code, as it will be done in use.
+
+    Args:
+        checkpoint: Its tokenizer and template.
+        texts: What to encode.
+        max_length: Token budget; None for all that the checkpoint takes.
 
     Returns:
         One int64 array of shape (tokens,) for each text.
@@ -136,7 +143,7 @@ def encode_texts(checkpoint: Checkpoint, texts: Texts) -> list[IdArray]:
     Raises:
         ExportError: A text cannot be judged.
     """
-    encoder = make_encoder(checkpoint)
+    encoder = make_encoder(checkpoint, max_length)
     try:
         return [
             encoder.encode(parse_conversation(text, checkpoint.template, row=row), row=row).ids
@@ -146,11 +153,14 @@ def encode_texts(checkpoint: Checkpoint, texts: Texts) -> list[IdArray]:
         raise ExportError(f"{texts.name}: {error}") from error
 
 
-def make_encoder(checkpoint: Checkpoint) -> Encoder:
-    """Builds the runtime's encoder for a checkpoint."""
-    return Encoder(
-        checkpoint.make_tokenizer(), checkpoint.template, max_length=checkpoint.max_length
-    )
+def make_encoder(checkpoint: Checkpoint, max_length: int | None = None) -> Encoder:
+    """Builds the runtime's encoder for a checkpoint.
+
+    Raises:
+        ValueError: The budget is too small for any conversation.
+    """
+    limit = checkpoint.max_length if max_length is None else max_length
+    return Encoder(checkpoint.make_tokenizer(), checkpoint.template, max_length=limit)
 
 
 def torch_logits(model: Any, batch: Sequence[IdArray], *, title: str) -> LogitArray:

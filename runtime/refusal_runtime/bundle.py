@@ -104,6 +104,8 @@ class Bundle:
         threshold: Refusal probability from which a verdict counts as a refusal.
         operating_points: Further thresholds by name, chosen at calibration: "high_precision"
             (few false alarms), "high_recall" (few misses).
+        profiles: Token budgets by name, measured when the model was made: "default" is what a
+            conversation gets unless told otherwise, fewer are faster.
         graphs: The graphs by variant name.
         files: SHA-256 and size in bytes of every file by relative path; empty without a manifest.
         notes: Explanations for `refusal info`: what was assumed in the absence of a manifest.
@@ -123,6 +125,7 @@ class Bundle:
     files: Mapping[str, tuple[str, int]]
     notes: tuple[str, ...] = ()
     operating_points: Mapping[str, float] = field(default_factory=dict)
+    profiles: Mapping[str, int] = field(default_factory=dict)
 
     def choose(self, variant: str, provider: Provider) -> tuple[Graph, str]:
         """Picks the graph to run.
@@ -158,6 +161,33 @@ class Bundle:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold should be a probability from 0 to 1, found {threshold!r}")
         return float(threshold)
+
+    def resolve_budget(self, max_length: int | str | None, *, elides: bool) -> int:
+        """Returns a token budget given as a number, by the name of a profile, or not at all.
+
+        Args:
+            max_length: What was asked for.
+            elides: Whether the middle is left out beyond it. Profiles were measured so; any
+                other truncation has all that the model takes for its default.
+
+        Raises:
+            ValueError: It is out of range, or the bundle has no profile of that name.
+        """
+        if max_length is None:
+            return self.profiles.get("default", self.max_length) if elides else self.max_length
+        if isinstance(max_length, str):
+            if max_length in self.profiles:
+                return self.profiles[max_length]
+            names = ", ".join(repr(name) for name in self.profiles) or "none"
+            raise ValueError(
+                f"{self.name} has no profile {max_length!r} (it has {names}); "
+                "give a number of tokens instead"
+            )
+        if not 1 <= max_length <= self.max_length:
+            raise ValueError(
+                f"max_length should be from 1 to {self.max_length}, found {max_length!r}"
+            )
+        return max_length
 
     def verify(self, graph: Graph) -> None:
         """Checks size and SHA-256 of every recorded file except the graphs that stay unused.
@@ -375,6 +405,14 @@ def _from_manifest(folder: Path, manifest: dict[str, Any]) -> Bundle:
                 )
     if max_length < 1:
         raise top.error("max_length", "a positive number of tokens", max_length)
+    profiles = {}
+    if "profiles" in manifest:
+        within = top.within("profiles")
+        for profile in within.value:
+            profiles[profile] = within.get(profile, int, "a number of tokens")
+            if not 1 <= profiles[profile] <= max_length:
+                wanted = f"a number of tokens from 1 to {max_length}"
+                raise within.error(within.prefix + profile, wanted, profiles[profile])
     return Bundle(
         folder=folder,
         name=top.get("name", str, "a name"),
@@ -393,6 +431,7 @@ def _from_manifest(folder: Path, manifest: dict[str, Any]) -> Bundle:
         graphs=graphs,
         files=files,
         operating_points=points,
+        profiles=profiles,
     )
 
 

@@ -44,7 +44,8 @@ class RefusalClassifier:
         threshold: Refusal probability, 0 to 1, from which `Verdict.is_refusal` is true, or the
             name of one of the bundle's operating points ("high_precision", "high_recall"); None
             for the bundle's own.
-        max_length: Token budget of a conversation; None for the bundle's own.
+        max_length: Token budget of a conversation, or the name of one of the bundle's profiles
+            ("fast", "thorough"); None for its default.
         truncation: What happens beyond it: "middle" elides older context and the middle of long
             messages, "head" keeps the first tokens, "error" raises.
         local_files_only: Never use the network.
@@ -63,7 +64,7 @@ class RefusalClassifier:
         provider: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int | None = None,
         threshold: float | str | None = None,
-        max_length: int | None = None,
+        max_length: int | str | None = None,
         truncation: Truncation = "middle",
         local_files_only: bool = False,
     ) -> None:
@@ -109,10 +110,7 @@ class RefusalClassifier:
         elif model is not None:  # from the Hub, where the folder is named by its commit
             self._model = f"{str(model).partition('@')[0]}@{self.bundle.folder.name}"
         self.threshold = self.bundle.resolve_threshold(threshold)
-        limit = self.bundle.max_length
-        if max_length is not None and not 1 <= max_length <= limit:
-            raise ValueError(f"max_length should be from 1 to {limit}, found {max_length!r}")
-        self.max_length = max_length or limit
+        self.max_length = self.bundle.resolve_budget(max_length, elides=truncation == "middle")
         self._encoder = Encoder(
             tokenizer, self.bundle.template, max_length=self.max_length, truncation=truncation
         )

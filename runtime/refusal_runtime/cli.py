@@ -133,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         "--threshold", type=_threshold,
         help="refusal probability that counts, 0 to 1, or high_precision or high_recall",
     )  # fmt: skip
-    classify.add_argument("--max-length", type=int, help="token budget of a conversation")
+    classify.add_argument(
+        "--max-length", type=_max_length,
+        help="token budget of a conversation, or the name of a profile, such as fast or thorough",
+    )  # fmt: skip
     classify.add_argument("--truncation", default="middle", choices=("middle", "head", "error"))
     classify.add_argument("--fail-on-refusal", action="store_true", help="exit with 4 if any")
     classify.set_defaults(run=_classify)
@@ -156,6 +159,14 @@ def _threshold(text: str) -> float | str:
     """Reads a number, or leaves the name of an operating point as it is."""
     try:
         return float(text)
+    except ValueError:
+        return text
+
+
+def _max_length(text: str) -> int | str:
+    """Reads a number of tokens, or leaves the name of a profile as it is."""
+    try:
+        return int(text)
     except ValueError:
         return text
 
@@ -317,6 +328,7 @@ def _info(options: argparse.Namespace) -> int:
         ("labels", ", ".join(f"{number} {label}" for number, label in enumerate(bundle.labels))),
         ("refusal label", bundle.labels[bundle.refusal_id]),
         ("max length", f"{bundle.max_length} tokens"),
+        *((f"profile {name}", f"{tokens} tokens") for name, tokens in bundle.profiles.items()),
         ("role tokens", " ".join(bundle.template.roles.values())),
         ("ellipsis", bundle.template.ellipsis or "none"),
         ("threshold", f"{bundle.threshold:g}"),
