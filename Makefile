@@ -46,8 +46,7 @@ edge: $(EXPORT)/.done training/weights/edge.safetensors training/scores-edge.jso
 	$(EXPORT)/bin/python training/checkpoint.py models/refusal-e5-edge \
 	  --weights training/weights/edge.safetensors
 	$(EXPORT)/bin/refusal-export models/refusal-e5-edge models/edge $(EMBEDDED_FLAGS) \
-	  --profiles default=192,fast=128,thorough=512 \
-	  --name refusal-e5-edge --scores training/scores-edge.json --notes docs/edge-model.md
+	  --profiles fast=128 --name refusal-e5-edge --scores training/scores-edge.json --notes docs/edge-model.md
 
 bench-accuracy: $(DEV)/.done  ## DATA=labelled.jsonl, else the project's own 37 languages
 	$(DEV)/bin/python benchmarks/accuracy.py $(DATA)

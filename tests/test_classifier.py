@@ -181,6 +181,48 @@ def test_profiles_are_token_budgets_by_name(tiny_bundle: Path, tmp_path: Path) -
         RefusalClassifier(tiny_bundle, max_length="fast")
 
 
+def test_a_cascade_asks_the_second_model_for_the_doubtful_rest(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    rows: list[Any] = [f"<|user|>hello<|assistant|>{'sorry ' * n}no" for n in range(40)]
+    rows[7] = rows[3]
+    rows[11] = "  "
+    rows[25] = {"messages": []}
+    alone = RefusalClassifier(tiny_bundle, variant="fp32")
+    # The tiny bundle's int8 graph judges first, so that logits tell who has answered.
+    chances = sorted(
+        result.refusal_probability
+        for result in RefusalClassifier(tiny_bundle).stream(rows)
+        if isinstance(result, Verdict)
+    )
+    low, high = chances[10], chances[25]
+    for number, (points, expected) in enumerate(
+        {(low, high): 15, (0.0, 1.0): 38, (0.0, 0.0): 0, (low, low): 0}.items()
+    ):
+        names = dict(zip(("high_recall", "high_precision"), points, strict=True))
+        folder = edited(tiny_bundle, tmp_path / str(number), operating_points=names)
+        first = RefusalClassifier(folder)
+        both = RefusalClassifier(tiny_bundle, variant="fp32", cascade=folder)
+        again = pickle.loads(pickle.dumps(both))
+        asked = 0
+        for row, one, two, three in zip(
+            rows, first.stream(rows), both.stream(rows), again.stream(rows), strict=True
+        ):
+            assert isinstance(two, Verdict) == (row not in (rows[11], rows[25]))
+            if isinstance(one, ConversationError):
+                assert str(two) == str(one) == str(three)
+                continue
+            assert isinstance(three, Verdict)
+            open_still = points[0] <= one.refusal_probability < points[1]
+            wanted = alone.classify(row) if open_still else one
+            assert two == three == both.classify(row) == wanted
+            assert alone.classify(row).logits != one.logits
+            asked += open_still
+        assert asked == pytest.approx(expected, abs=2)
+    with pytest.raises(ValueError, match="no operating point 'high_recall'"):
+        RefusalClassifier(tiny_bundle, cascade=tiny_bundle)
+
+
 @pytest.mark.parametrize("length", [0, -1, 1, 5, 129])
 def test_max_length_out_of_range(tiny_bundle: Path, length: int) -> None:
     with pytest.raises(ValueError, match=rf"max_length should be .*, found {length}$"):

@@ -19,6 +19,7 @@ from refusal_export.checkpoint import Checkpoint, load_checkpoint
 from refusal_export.vocabulary import load_pieces, prune
 
 WORDS = "bert.embeddings.word_embeddings.weight"
+POSITIONS = "bert.embeddings.position_embeddings.weight"
 ROLES = "role_tokens"
 CODES, CODEWORDS = "word_codes", "word_codewords"
 WORD_FILE = "words.safetensors"  # beside a checkpoint whose word embeddings are compressed
@@ -128,6 +129,7 @@ def write_folder(
         **checkpoint.config,
         "vocab_size": len(words),
         "num_hidden_layers": layers,
+        "max_position_embeddings": len(state[POSITIONS]),
         "architectures": ["BertForSequenceClassification"],
     }
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})

@@ -23,8 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--words", type=Path, help="folder that compress.py wrote")
+    parser.add_argument("--positions", type=int, help="tokens that the model is to take, at most")
     options = parser.parse_args(arguments)
     weights = load_file(options.run / "encoder.safetensors")
+    if options.positions:
+        weights[network.POSITIONS] = weights[network.POSITIONS][: options.positions].clone()
     if options.words:
         words = load_file(options.words / network.WORD_FILE)
         table = network.decode(words[network.CODES], words[network.CODEWORDS])

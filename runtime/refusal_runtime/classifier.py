@@ -26,7 +26,8 @@ _PAD_TOKENS = ("<pad>", "[PAD]")
 _FIRST_WINDOW = 4
 _REMEMBERED = 4096  # conversations of a call whose repetitions are not computed again
 _UNSET: Any = object()
-_Started: TypeAlias = "tuple[Encoding, Future[Logits]] | ConversationError"
+_Started: TypeAlias = "tuple[Encoding, Future[Logits]] | Verdict | ConversationError"
+_Recent: TypeAlias = "dict[bytes, Future[Logits]]"
 
 
 class RefusalClassifier:
@@ -48,6 +49,9 @@ class RefusalClassifier:
             ("fast", "thorough"); None for its default.
         truncation: What happens beyond it: "middle" elides older context and the middle of long
             messages, "head" keeps the first tokens, "error" raises.
+        cascade: A second, faster bundle, folder or Hub id, that judges first. Its verdict stands
+            where its refusal probability lies below its operating point "high_recall" or from
+            "high_precision" on; only the rest goes to this model.
         local_files_only: Never use the network.
 
     Raises:
@@ -66,6 +70,7 @@ class RefusalClassifier:
         threshold: float | str | None = None,
         max_length: int | str | None = None,
         truncation: Truncation = "middle",
+        cascade: str | Path | None = None,
         local_files_only: bool = False,
     ) -> None:
         if provider not in ("auto", "cpu", "cuda"):
@@ -114,6 +119,21 @@ class RefusalClassifier:
         self._encoder = Encoder(
             tokenizer, self.bundle.template, max_length=self.max_length, truncation=truncation
         )
+        self._first: RefusalClassifier | None = None
+        if cascade is not None:
+            self._first = RefusalClassifier(
+                cascade,
+                provider=provider,
+                threads=threads,
+                threshold=threshold,
+                truncation=truncation,
+                local_files_only=local_files_only,
+            )
+            self._open_points = (
+                self._first.bundle.resolve_threshold("high_recall"),
+                self._first.bundle.resolve_threshold("high_precision"),
+            )
+            self._options["cascade"] = self._first._model
 
     def classify(self, conversation: ConversationInput) -> Verdict:
         """Judges one conversation.
@@ -125,6 +145,10 @@ class RefusalClassifier:
         Raises:
             ConversationError: The conversation cannot be judged; says where, why, what to do.
         """
+        if self._first is not None:
+            verdict = self._first.classify(conversation)
+            if self._stands(verdict):
+                return verdict
         encoding = self._encode(conversation, None)
         return self._verdict(encoding, self._execution.run(encoding.ids))
 
@@ -210,7 +234,7 @@ class RefusalClassifier:
         failure: Exception | None = None
         exhausted = False
         process = os.getpid()
-        recent: dict[bytes, Future[Logits]] = {}
+        recent: tuple[_Recent, _Recent] = ({}, {})
         # Small windows first: whoever waits at the other end of a pipe soon sees something.
         size = _FIRST_WINDOW
         try:
@@ -224,7 +248,7 @@ class RefusalClassifier:
                         failure = error
                     exhausted = failure is not None or len(chunk) < size
                     size = min(2 * size, self._execution.window)
-                    windows.append(self._start(chunk, recent))
+                    windows.append(self._start(chunk, *recent))
                 if len(windows) > 1 or exhausted:
                     while windows[0]:
                         result = self._finish(windows[0].popleft())
@@ -236,15 +260,36 @@ class RefusalClassifier:
             # After a fork the futures belong to the parent, locks that its threads hold included.
             for window in windows if os.getpid() == process else ():
                 for started in window:
-                    if not isinstance(started, ConversationError):
+                    if isinstance(started, tuple):
                         started[1].cancel()
         if failure is not None:
             raise failure
 
     def _start(
-        self,
-        chunk: Sequence[tuple[int, ConversationInput]],
-        recent: dict[bytes, Future[Logits]],
+        self, chunk: Sequence[tuple[int, ConversationInput]], recent: _Recent, first_recent: _Recent
+    ) -> deque[_Started]:
+        """Starts a window; in a cascade the first model judges it and the rest is started."""
+        if self._first is None:
+            return self._start_here(chunk, recent)
+        first = self._first
+        judged = [first._finish(item) for item in first._start_here(chunk, first_recent)]
+        stands = [
+            isinstance(result, ConversationError) or self._stands(result) for result in judged
+        ]
+        rest = [item for item, settled in zip(chunk, stands, strict=True) if not settled]
+        started = self._start_here(rest, recent)
+        return deque(
+            result if settled else started.popleft()
+            for result, settled in zip(judged, stands, strict=True)
+        )
+
+    def _stands(self, verdict: Verdict) -> bool:
+        """Whether a verdict of the cascade's first model is final."""
+        low, high = self._open_points
+        return not low <= verdict.refusal_probability < high
+
+    def _start_here(
+        self, chunk: Sequence[tuple[int, ConversationInput]], recent: _Recent
     ) -> deque[_Started]:
         """Encodes a window and starts what `recent` does not hold yet, keyed by the token ids."""
         encoded: list[Encoding | ConversationError] = []
@@ -272,7 +317,7 @@ class RefusalClassifier:
         return started
 
     def _finish(self, started: _Started) -> Verdict | ConversationError:
-        if isinstance(started, ConversationError):
+        if not isinstance(started, tuple):
             return started
         encoding, future = started
         return self._verdict(encoding, future.result())

@@ -137,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-length", type=_max_length,
         help="token budget of a conversation, or the name of a profile, such as fast or thorough",
     )  # fmt: skip
+    classify.add_argument(
+        "--cascade", metavar="MODEL", help="a faster bundle that judges first, what is clear alone"
+    )
     classify.add_argument("--truncation", default="middle", choices=("middle", "head", "error"))
     classify.add_argument("--fail-on-refusal", action="store_true", help="exit with 4 if any")
     classify.set_defaults(run=_classify)
@@ -196,6 +199,7 @@ def _classify(options: argparse.Namespace) -> int:
         threshold=options.threshold,
         max_length=options.max_length,
         truncation=options.truncation,
+        cascade=options.cascade,
     )
     source = _rows(names) if options.text is None else iter([(None, Row(1, options.text))])
     with contextlib.ExitStack() as stack:
