@@ -2,11 +2,12 @@
 
     python benchmarks/frontier.py [DATA ...] [--bundle edge=FOLDER] [--save NAME]
 
-Every bundle judges every row within every budget, in turns of a few rows each, so that all meet the
-same state of the machine.  DATA are files or folders of labelled conversations; without any, the
-project's own set.  A cascade (the smaller bundle first, the default one for what lies nearest to
-the border) is reckoned from the same verdicts: its time is the first model's plus the second's
-share of the tokens that it judges again.  The last line of stdout is the result as JSON.
+Every bundle judges every row within every budget that it takes, in turns of a few rows each, so
+that all meet the same state of the machine.  DATA are files or folders of labelled conversations;
+without any, the project's own set.  A cascade (the smaller bundle first, the default one for what
+lies nearest to the border) is reckoned from the same verdicts: its time is the first model's plus
+the second's share of the tokens that it judges again.  The last line of stdout is the result as
+JSON.
 """
 
 from __future__ import annotations
@@ -80,7 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sets": {},
     }
     for title, rows in sets.items():
-        runs = [Run(name, bundle, n) for name, bundle in bundles.items() for n in budgets]
+        runs = [
+            Run(name, bundle, budget)
+            for name, bundle in bundles.items()
+            for budget in budgets
+            if budget <= RefusalClassifier(bundle, provider="cpu").bundle.max_length
+        ]
         result["models"] = {run.name: run.model for run in runs}
         for run in runs:
             list(run.classifier.stream(rows[:8]))  # opens the graph as the measurement needs it

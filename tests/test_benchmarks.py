@@ -38,7 +38,7 @@ def test_accuracy_compares_with_pytorch(tiny_bundle: Path, tiny_checkpoint: Path
 
 def test_frontier_weighs_accuracy_against_speed(tiny_bundle: Path) -> None:
     result = run(
-        "frontier.py", str(EXAMPLES), "--model", str(tiny_bundle), "--budgets", "128,32",
+        "frontier.py", str(EXAMPLES), "--model", str(tiny_bundle), "--budgets", "128,32,256",
         "--bundle", f"edge={tiny_bundle}", "--limit", "20",
     )  # fmt: skip
     found = result["sets"]["conversations"]
