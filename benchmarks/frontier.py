@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args(arguments)
-    sets = {str(path.name).partition(".")[0]: read_rows(path) for path in options.data}
+    sets = {path.name.partition(".")[0]: read_rows(path) for path in options.data}
     if len(sets) < len(options.data):
         parser.error("two of the data sets have the same name")
     if options.limit:
@@ -73,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not folder:
             parser.error(f"--bundle takes NAME=FOLDER, found {item!r}")
         bundles[name] = folder
+    longest = {
+        name: RefusalClassifier(bundle, provider="cpu").bundle.max_length
+        for name, bundle in bundles.items()
+    }
     budgets = sorted(map(int, options.budgets.split(",")), reverse=True)
     result: dict[str, Any] = {
         "benchmark": "frontier",
@@ -85,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Run(name, bundle, budget)
             for name, bundle in bundles.items()
             for budget in budgets
-            if budget <= RefusalClassifier(bundle, provider="cpu").bundle.max_length
+            if budget <= longest[name]
         ]
         result["models"] = {run.name: run.model for run in runs}
         for run in runs:

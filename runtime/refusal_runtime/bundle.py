@@ -151,13 +151,7 @@ class Bundle:
         if threshold is None:
             return self.threshold
         if isinstance(threshold, str):
-            if threshold in self.operating_points:
-                return self.operating_points[threshold]
-            names = ", ".join(repr(name) for name in self.operating_points) or "none"
-            raise ValueError(
-                f"{self.name} has no operating point {threshold!r} (it has {names}); "
-                "give a probability instead"
-            )
+            return self._named(threshold, self.operating_points, "operating point", "a probability")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold should be a probability from 0 to 1, found {threshold!r}")
         return float(threshold)
@@ -176,18 +170,21 @@ class Bundle:
         if max_length is None:
             return self.profiles.get("default", self.max_length) if elides else self.max_length
         if isinstance(max_length, str):
-            if max_length in self.profiles:
-                return self.profiles[max_length]
-            names = ", ".join(repr(name) for name in self.profiles) or "none"
-            raise ValueError(
-                f"{self.name} has no profile {max_length!r} (it has {names}); "
-                "give a number of tokens instead"
-            )
+            return self._named(max_length, self.profiles, "profile", "a number of tokens")
         if not 1 <= max_length <= self.max_length:
             raise ValueError(
                 f"max_length should be from 1 to {self.max_length}, found {max_length!r}"
             )
         return max_length
+
+    def _named(self, name: str, known: Mapping[str, _T], kind: str, instead: str) -> _T:
+        """Looks up what the bundle has a name for."""
+        if name not in known:
+            names = ", ".join(map(repr, known)) or "none"
+            raise ValueError(
+                f"{self.name} has no {kind} {name!r} (it has {names}); give {instead} instead"
+            )
+        return known[name]
 
     def verify(self, graph: Graph) -> None:
         """Checks size and SHA-256 of every recorded file except the graphs that stay unused.
