@@ -183,7 +183,8 @@ def make_entries(
     """Finds out who takes part.
 
     Returns:
-        The engines, the most tokens that all models take, and the tokenizers that count.
+        The engines, the most tokens that our model and the checkpoint take, and the tokenizers
+        that count.
     """
     model = RefusalClassifier(options.model, provider="cpu", threads=options.threads)
     limit = model.bundle.max_length
@@ -203,7 +204,11 @@ def make_entries(
         elif lacking := missing(kind):
             skipped.note(name, f"not installed: {', '.join(lacking)}")
         elif kind is Ours:
-            source = replace(base, bundle=str(model.bundle.folder) if options.model else "")
+            source = replace(
+                base,
+                bundle=str(model.bundle.folder) if options.model else "",
+                max_length=model.bundle.max_length,
+            )
             entries.append(Entry(name, kind, source, kind.title))
             if "thorough" in model.bundle.profiles:
                 title = f"{kind.title}, profile thorough"
@@ -211,7 +216,6 @@ def make_entries(
                 entries.append(Entry(f"{name}-thorough", kind, whole, title))
             for given in options.bundle:
                 entries.append(bundle_entry(given, base))
-                limit = min(limit, load_bundle(Path(entries[-1].source.bundle)).max_length)
         else:
             entries.append(Entry(name, kind, peer, kind.title))
     return entries, limit, counters(files)
@@ -223,7 +227,13 @@ def bundle_entry(given: str, base: Source) -> Entry:
     path, _, variant = place.partition("#")
     if not found or not Path(path).expanduser().is_dir() or name in ENGINES:
         raise SystemExit(f"--bundle takes NAME=PATH or NAME=PATH#VARIANT, found {given!r}")
-    source = replace(base, bundle=str(Path(path).expanduser()), variant=variant or "auto")
+    folder = Path(path).expanduser()
+    source = replace(
+        base,
+        bundle=str(folder),
+        variant=variant or "auto",
+        max_length=load_bundle(folder).max_length,
+    )
     return Entry(name, Ours, source, f"this runtime, bundle {name}")
 
 
@@ -303,6 +313,10 @@ def run_case(
     for entry in entries:
         if entry.source.budget and case.scenario != OFFLINE:
             continue  # with texts of an exact length there is nothing to shorten
+        if case.tokens and case.tokens > entry.source.max_length:
+            reason = f"takes at most {entry.source.max_length} tokens"
+            skipped.note(entry.name, reason, case.name)
+            continue
         if entry.kind.slow_start and not case.everyday and not full:
             skipped.note(entry.name, "starts too slowly for the short benchmark", case.name)
             continue

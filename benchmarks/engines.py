@@ -40,7 +40,7 @@ class Source:
         budget: Name of a profile of that bundle; "" for its default.
         labels: The checkpoint's labels by class id.
         refusal_id: Which of them means refusal.
-        max_length: Most tokens that the checkpoint takes.
+        max_length: Most tokens that the checkpoint or bundle takes.
     """
 
     threads: int
@@ -178,8 +178,8 @@ class Ours(Engine):
             variant=source.variant,
             provider="cpu",
             threads=source.threads,
-            max_length=source.budget or None,
-            # Texts of an exact length are not to be shortened; this takes them whole.
+            # Texts of an exact length are not to be shortened by any budget, nor in the middle.
+            max_length=(source.budget or None) if source.scenario == OFFLINE else source.max_length,
             truncation="middle" if source.scenario == OFFLINE else "head",
         )
         bundle = self.classifier.bundle

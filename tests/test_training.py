@@ -150,6 +150,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     assert not all(row.tobytes() in kept for row in first[words][-4:])
 
 
+def test_frozen_layers_stay_as_they_are(tiny_checkpoint: Path, tmp_path: Path, few: str) -> None:
+    common = ["--written", few, "--epochs", "1", "--batch-tokens", "1024", "--fp32", "--lr", "1e-3"]
+    run(str(tiny_checkpoint), str(tmp_path), *common, "--stop-after", "2", "--frozen", "1")
+    start, found = state(tiny_checkpoint), state(tmp_path)
+    for name in found:
+        if "position_embeddings" in name or ".layer.0." in name:
+            # Saved in half precision.
+            np.testing.assert_array_equal(found[name], start[name].astype(np.float16), err_msg=name)
+    assert any((found[n] != start[n].astype(np.float16)).any() for n in found if ".layer.1." in n)
+
+
 def test_distillation_into_fewer_layers_exports(
     tiny_checkpoint: Path, tmp_path: Path, few: str
 ) -> None:
@@ -180,9 +191,15 @@ def test_fresh_rows_come_twice_and_long_ones_are_cut(tiny_checkpoint: Path, few:
     import train
     from batches import Planner
 
-    def planned(fresh: int | None, longest: int) -> list[int]:
+    def planned(fresh: int | None, longest: int, earlier: float = 1.0) -> list[int]:
         options = argparse.Namespace(
-            pool=None, seed=1, pool_share=1.0, written=Path(few), written_repeat=1, fresh=fresh
+            pool=None,
+            seed=1,
+            pool_share=1.0,
+            written=Path(few),
+            written_repeat=1,
+            fresh=fresh,
+            earlier=earlier,
         )
         rows, _ = train.data(options)
         planner = Planner(
@@ -198,6 +215,7 @@ def test_fresh_rows_come_twice_and_long_ones_are_cut(tiny_checkpoint: Path, few:
     # Of 24 conversations a language, numbered from 1.
     once, some, every = (len(planned(fresh, 128)) for fresh in (None, 13, 0))
     assert once < some < every == 2 * once
+    assert len(planned(13, 128, earlier=0.0)) == 2 * (some - once)
     assert max(planned(None, 128)) > max(planned(None, 24)) == 24
 
 

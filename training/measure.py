@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="files or folders")
     parser.add_argument("--save", type=Path, help="JSON, added to what is there")
     parser.add_argument("--fp32", action="store_true", help="for processors without bfloat16")
+    parser.add_argument("--response-only", action="store_true", help="the judged message alone")
     options = parser.parse_args(arguments)
     sets = {path.name.partition(".")[0]: rows_of(path) for path in options.data}
     results: dict[str, Any] = {}
@@ -37,7 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = network.trainable(checkpoint)
         found = results.setdefault(name, {"layers": model.config.num_hidden_layers})
         for title, rows in sets.items():
-            found[title] = train.evaluate(model, checkpoint, rows, bf16=not options.fp32)
+            found[title] = train.evaluate(
+                model,
+                checkpoint,
+                rows,
+                bf16=not options.fp32,
+                response_only=options.response_only,
+            )
             print(f"{name:<24} {title:<12} {found[title]['all'][0]:.4f}", flush=True)
         if options.save:
             text = json.dumps(results, indent=1, ensure_ascii=False)

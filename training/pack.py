@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"{options.run} did not start from the embeddings of {options.words}")
         weights |= words
     save_file(weights, options.out)
+    options.out.chmod(0o644)  # it is written for its owner only
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dev", type=Path, help="labelled conversations to measure on")
     parser.add_argument("--dev-limit", type=int, default=600)
     parser.add_argument("--fresh", type=int, help="our text from this number on comes twice")
+    parser.add_argument("--earlier", type=float, default=1.0, help="share of our text before that")
+    parser.add_argument("--frozen", type=int, default=0, help="first layers that stay as they are")
     parser.add_argument("--longest", type=int, default=512, help="tokens of a conversation")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=5e-5)
@@ -71,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = network.load(options.start)
     layers = [int(number) for number in options.layers.split(",")] if options.layers else None
     model = network.trainable(start, layers=layers, dropout=options.dropout)
+    if options.frozen:
+        for part in (model.bert.embeddings, *model.bert.encoder.layer[: options.frozen]):
+            part.requires_grad_(False)
     tuned = adapt(model, options.lora) if options.lora else model
     teacher = network.trainable(network.load(options.teacher)).eval() if options.teacher else None
     rows, held = data(options)
@@ -117,9 +123,11 @@ def data(options: argparse.Namespace) -> tuple[list[sources.Row], list[sources.R
         pool = sources.sample_pool(pool, seed=options.seed, share=options.pool_share)
         rows, _ = sources.split(pool)
     written, held = sources.split(sources.read_written(options.written))
+    rng = random.Random(options.seed)
     for row in written:
         fresh = options.fresh is not None and int(row["id"].rsplit("-", 1)[1]) >= options.fresh
-        rows.append({**row, "repeat": options.written_repeat * (1 + fresh)})
+        if fresh or rng.random() < options.earlier:
+            rows.append({**row, "repeat": options.written_repeat * (1 + fresh)})
     return rows, held
 
 
