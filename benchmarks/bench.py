@@ -225,9 +225,9 @@ def bundle_entry(given: str, base: Source) -> Entry:
     """Reads NAME=PATH or NAME=PATH#VARIANT."""
     name, found, place = given.partition("=")
     path, _, variant = place.partition("#")
-    if not found or not Path(path).expanduser().is_dir() or name in ENGINES:
-        raise SystemExit(f"--bundle takes NAME=PATH or NAME=PATH#VARIANT, found {given!r}")
     folder = Path(path).expanduser()
+    if not found or not folder.is_dir() or name in ENGINES:
+        raise SystemExit(f"--bundle takes NAME=PATH or NAME=PATH#VARIANT, found {given!r}")
     source = replace(
         base,
         bundle=str(folder),

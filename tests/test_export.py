@@ -22,7 +22,7 @@ from refusal_export.embeddings import exact_int4, quantize_word_embedding
 from refusal_export.errors import ExportError
 from refusal_export.export import ExportOptions, export
 from refusal_export.graph import check_fusions, fuse, fusion_counts, split_skips, trace
-from refusal_export.verify import Gate, Texts, encode_texts, load_texts, measure, torch_logits
+from refusal_export.verify import Gate, encode_texts, load_texts, torch_logits
 from refusal_export.vocabulary import load_pieces, prune
 from refusal_runtime import RefusalClassifier
 from refusal_runtime.bundle import load_bundle
@@ -117,29 +117,6 @@ def test_fp16_graph_keeps_normalizations_in_fp32_and_halves_the_weights(tiny_bun
     halves = [tensor for tensor in graph.initializer if len(tensor.dims) == 2
               and tensor.data_type == onnx.TensorProto.FLOAT16]  # fmt: skip
     assert len(halves) >= 8
-
-
-@pytest.mark.parametrize(
-    ("texts", "differing", "share", "passes"),
-    [(60, 1, 0.99, True), (60, 2, 0.99, False), (400, 4, 0.99, True), (400, 5, 0.99, False),
-     (60, 1, 1.0, False), (60, 0, 1.0, True)],
-)  # fmt: skip
-def test_of_few_texts_one_label_may_differ(
-    texts: int, differing: int, share: float, passes: bool
-) -> None:
-    reference = np.tile(np.float32([1.0, -1.0]), (texts, 1))
-    logits = reference.copy()
-    logits[:differing] *= -1
-    measured = measure(
-        reference,
-        logits,
-        [np.zeros(8, np.int64)] * texts,
-        Texts("made up", [None] * texts, [None] * texts, [""] * texts),
-        precision="int8",
-        refusal_id=1,
-        gate=Gate(min_agreement=share),
-    )
-    assert (not measured.failures) == passes
 
 
 def test_a_failed_gate_writes_nothing_and_says_why(tiny_checkpoint: Path, tmp_path: Path) -> None:

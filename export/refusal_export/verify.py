@@ -30,9 +30,6 @@ _BUCKETS = (32, 64, 128, 256, 512)
 class Gate:
     """What a graph must reach to be written.
 
-    A set of fewer texts than could show a share (a hundred for 0.99) may differ in one of them: one
-    text near the border says nothing about the share.  A share of 1 allows none.
-
     Attributes:
         max_difference: Largest difference of any logit to PyTorch's, for fp32.
         min_agreement: Share of texts with the same label as PyTorch's, for int8 and fp16.
@@ -244,12 +241,9 @@ def measure(
                 f"max |logit difference| {largest:.2g} is not below {gate.max_difference:g}"
             )
     else:
-        allowed = _allowed(1 - gate.min_agreement, len(batch))
-        if np.count_nonzero(~agree) > allowed:
+        if agreement < gate.min_agreement:
             failures.append(f"label agreement {agreement:.4f} is below {gate.min_agreement:g}")
-        labelled = accuracy.get("texts", 0)
-        lost = round((before.get("accuracy", 0.0) - accuracy.get("accuracy", 0.0)) * labelled)
-        if lost > _allowed(gate.max_accuracy_drop, labelled):
+        if accuracy and before["accuracy"] - accuracy["accuracy"] > gate.max_accuracy_drop:
             failures.append(
                 f"accuracy {accuracy['accuracy']:.4f} is more than {gate.max_accuracy_drop:g} "
                 f"below the checkpoint's {before['accuracy']:.4f}"
@@ -257,11 +251,6 @@ def measure(
     if accuracy:
         accuracy["checkpoint_accuracy"] = before["accuracy"]
     return Measurement(parity, accuracy, failures)
-
-
-def _allowed(share: float, texts: int) -> int:
-    """How many of the texts may differ: the share, but one of few; see Gate."""
-    return max(1, int(share * texts + 1e-9)) if share > 0 else 0
 
 
 def accuracy_report(logits: LogitArray, texts: Texts, refusal_id: int) -> dict[str, Any]:
