@@ -575,13 +575,15 @@ def test_thread_safety(tiny_bundle: Path, opened: Open, variant: str, threads: i
             assert future.result(timeout=60) == expected
 
 
-def test_idle_threads_do_not_spin(opened: Open) -> None:
+def test_threads_spin_within_a_run_only(opened: Open) -> None:
     # How long onnxruntime's threads spin is too short to measure reliably.
     path = opened().bundle.folder / opened().graph.file
     options = open_session(path, ["CPUExecutionProvider"], 2).get_session_options()
-    for pool in ("intra", "inter"):
-        entry = options.get_session_config_entry(f"session.{pool}_op.allow_spinning")
-        assert entry == "0"
+    entries = {
+        name: options.get_session_config_entry(f"session.{name}")
+        for name in ("intra_op.allow_spinning", "force_spinning_stop", "inter_op.allow_spinning")
+    }
+    assert list(entries.values()) == ["1", "1", "0"]
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
 
 

@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,77 @@ def test_variants_keep_the_judged_words_and_are_repeatable() -> None:
         else:
             others += 1  # accents taken off
     assert same > 10 * others
+
+
+def sentencepiece_like() -> Any:
+    """A tokenizer with XLM-R's kind of normalizer, made blind to typography."""
+    from normalization import without_typography
+    from tokenizers import Tokenizer
+
+    plain = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "NFKC"},
+            {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
+        ]},
+        "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]},
+    }  # fmt: skip
+    return Tokenizer.from_str(json.dumps(without_typography(plain))).normalizer
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("🙂 Hello", "hello"),
+        ("⚠️ ⭐⭐ 你好", "你好"),
+        ("**Bold start.** Rest", "bold start. rest"),
+        ("これは**重要**です", "これは重要です"),
+        ("***x***!", "x!"),
+        ("## Head\n\nBody", "head body"),
+        ("> a\n> \n> > b", "a b"),
+        ("“Don’t” «a»", '"don\'t" "a"'),
+        ("İSTANBUL", "istanbul"),
+        ("\n  hi \n", "hi"),
+        # What is not typography stays.
+        ("👍", "👍"),
+        ("👍🎉", "👍🎉"),
+        ("2 * 3 * 4 = 24, 5*3, x**2", "2 * 3 * 4 = 24, 5*3, x**2"),
+        ("* item\n* item", "* item * item"),
+        ("- item\n1. item", "- item 1. item"),
+        ("#", "#"),
+        (">", ">"),
+        ("**", "**"),
+        ("a > b # c", "a > b # c"),
+        ("Großmaß ÅÄÖ", "großmaß åäö"),
+    ],
+)
+def test_typography_does_not_reach_the_model(typed: str, read: str) -> None:
+    assert sentencepiece_like().normalize_str(typed) == read
+
+
+def test_normalizing_time_is_linear_in_what_is_not_text() -> None:
+    # Patterns over long runs of their own signs are where regular expressions explode.
+    normalizer = sentencepiece_like()
+    began = time.perf_counter()
+    for sign in ("🙂", "*", "> ", "# ", "\n", "> \n", "** ", "“"):
+        normalizer.normalize_str(sign * 3000)
+    assert time.perf_counter() - began < 5
+
+
+def test_the_embedded_model_reads_no_typography() -> None:
+    from normalization import without_typography
+    from tokenizers import Tokenizer
+
+    from refusal_runtime.classifier import EMBEDDED
+
+    own = json.loads((EMBEDDED / "tokenizer.json").read_bytes())
+    empty = without_typography({"normalizer": {"normalizers": []}})["normalizer"]["normalizers"]
+    kept = [entry for entry in own["normalizer"]["normalizers"] if entry not in empty]
+    bare = {**own, "normalizer": {"type": "Sequence", "normalizers": kept}}
+    assert without_typography(bare)["normalizer"] == own["normalizer"]
+    tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    assert tokenizer.encode("🙂 **WHY?**").ids == tokenizer.encode("why?").ids
 
 
 @pytest.fixture

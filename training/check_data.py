@@ -67,6 +67,7 @@ TELLING = {
 }  # fmt: skip
 # Words of formats and code may be Latin anywhere, so a conversation need only be mostly in script.
 LEAST_IN_SCRIPT = 0.5
+UNEVEN = 0.02  # how far from half and half a file may be, as a share of its conversations
 NEAR = 0.7  # Jaccard similarity of 5-character shingles from which two replies are called alike
 
 
@@ -115,7 +116,7 @@ def faults(path: Path, evaluation: bool, rows: list[dict[str, Any]]) -> Iterator
         if counts[key] < number:
             yield f"{path}: {counts[key]} of kind {key[0]} labelled {key[1]}, {number} wanted"
     labels = Counter(row.get("label") for row in rows)
-    if labels["refusal"] != labels["non-refusal"]:
+    if abs(labels["refusal"] - labels["non-refusal"]) > len(rows) * UNEVEN:
         yield f"{path}: {labels['refusal']} refusals and {labels['non-refusal']} others"
     pairs = sum(len(found) == 2 for found in outcomes.values())
     if pairs < PAIRS[evaluation]:
