@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = FULL if options.full else SHORT
     if options.smoke:
         settings = smoke(settings)
+    if options.stream_rows:
+        settings = replace(settings, stream_rows=tuple(options.stream_rows))
     began = time.perf_counter()
     rows = read_rows(options.data)
     if not any(role_text(row) for row in rows):
@@ -135,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--data", type=Path, default=DATA, help="labelled JSON Lines, or a folder")
     parser.add_argument("--rows", type=int, help="rows of the Offline case")
+    parser.add_argument(
+        "--stream-rows", type=int, nargs="+", metavar="N", help="sizes of the scaling by rows"
+    )
     parser.add_argument("--threads", type=int, default=hardware.resolve_threads(None)[0])
     parser.add_argument("--full", action="store_true", help="hours instead of minutes")
     parser.add_argument(
@@ -418,7 +423,7 @@ def scale_rows(entry: Entry, texts: list[str], settings: Settings) -> list[dict[
     for rows in settings.stream_rows:
         say(f"scaling: {rows:,} rows")
         worker = Worker(entry.kind.name, replace(entry.source, scenario=OFFLINE))
-        worker.ask(do="warm", scenario=SINGLE, texts=texts, callers=1, seconds=0.2)
+        worker.ask(do="warm", scenario=OFFLINE, texts=texts, callers=1, seconds=0.2)
         answer = worker.ask(timeout=None, do="stream", texts=texts, rows=rows)
         found.append(
             {

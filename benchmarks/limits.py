@@ -164,6 +164,7 @@ def open_model(model: bytes | str, threads: int, *, profile_prefix: str = "") ->
     options.log_severity_level = 4
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile_prefix:
         options.enable_profiling = True

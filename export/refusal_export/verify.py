@@ -242,7 +242,13 @@ def measure(
             )
     else:
         if agreement < gate.min_agreement:
-            failures.append(f"label agreement {agreement:.4f} is below {gate.min_agreement:g}")
+            flips = int(np.count_nonzero(~agree))
+            # Among few texts a single one near the border is more than the gate allows.
+            hint = "; give more texts with --eval" if flips == 1 else ""
+            failures.append(
+                f"label agreement {agreement:.4f} is below {gate.min_agreement:g} "
+                f"({flips} of {len(agree)} texts differ{hint})"
+            )
         if accuracy and before["accuracy"] - accuracy["accuracy"] > gate.max_accuracy_drop:
             failures.append(
                 f"accuracy {accuracy['accuracy']:.4f} is more than {gate.max_accuracy_drop:g} "
