@@ -480,6 +480,7 @@ def test_the_judged_message_gives_way_last(
 
 @settings(deadline=None, max_examples=300)
 @given(turns=turn_lists, reply=st.integers(1, 30), budget=budgets)
+@example(turns=[("system", 15), ("system", 24), ("system", 24)], reply=1, budget=69)
 def test_older_turns_give_way_oldest_first_and_the_longest_most(
     turns: list[tuple[str, int]], reply: int, budget: int
 ) -> None:
@@ -499,7 +500,8 @@ def test_older_turns_give_way_oldest_first_and_the_longest_most(
     cut = [len(bodies[at]) for at in bodies if at in result.cut]
     if cut:
         assert max(cut) - min(cut) <= 1
-        assert max(map(len, bodies.values())) == max(cut)
+        # A token that cannot be shared leaves one of the longest whole.
+        assert max(map(len, bodies.values())) <= max(cut) + 1
 
 
 def test_head_and_tail_in_numbers() -> None:
