@@ -575,6 +575,34 @@ def test_thread_safety(tiny_bundle: Path, opened: Open, variant: str, threads: i
             assert future.result(timeout=60) == expected
 
 
+def test_callers_at_once_get_a_thread_each(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = CpuExecution(opened().bundle.folder / opened().graph.file, 2)
+    ids = np.array([0, 5, 6, 7, 2], np.int64)
+    inside, leave = threading.Event(), threading.Event()
+    open_one, compute, asked = execution._session, execution._compute, list[int]()
+
+    def session(threads: int) -> Any:
+        asked.append(threads)
+        return open_one(threads)
+
+    def slowly(opened_session: Any, ids: Any) -> Any:
+        if not inside.is_set():
+            inside.set()
+            assert leave.wait(60)
+        return compute(opened_session, ids)
+
+    monkeypatch.setattr(execution, "_session", session)
+    monkeypatch.setattr(execution, "_compute", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(execution.run, ids)
+        assert inside.wait(60)
+        second = execution.run(ids)
+        leave.set()
+        assert first.result(timeout=60).tolist() == second.tolist()
+    assert execution.run(ids).tolist() == second.tolist()
+    assert asked == [2, 1, 2]
+
+
 def test_threads_spin_within_a_run_only(opened: Open) -> None:
     # How long onnxruntime's threads spin is too short to measure reliably.
     path = opened().bundle.folder / opened().graph.file

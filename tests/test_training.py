@@ -410,7 +410,11 @@ def test_the_embedded_bundle_can_be_made_again(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, str(TRAINING / "checkpoint.py"), str(tmp_path / "checkpoint")], check=True
     )
-    export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(variants=("int8",), evaluation=ROOT / "benchmarks" / "data"))
+    export(
+        tmp_path / "checkpoint",
+        tmp_path / "bundle",
+        ExportOptions(variants=("int8",), evaluation=ROOT / "benchmarks" / "data"),
+    )
     ours, again = RefusalClassifier(), RefusalClassifier(tmp_path / "bundle")
     lines = (ROOT / "examples" / "conversations.jsonl").read_text("utf-8").splitlines()
     for line in lines:

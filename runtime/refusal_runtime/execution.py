@@ -128,7 +128,8 @@ class CpuExecution:
     """Exact-length execution on CPU; thread-safe and usable after a fork.
 
     Sessions are opened at first use. A conversation on its own gets one session with all threads;
-    several at once are shared out to single-threaded sessions' worker threads, longest first.
+    several at once, of one call or of several callers, run in a session with one thread for each,
+    those of one call longest first. Thread counts do not change the logits.
 
     Args:
         path: The ONNX file.
@@ -149,6 +150,7 @@ class CpuExecution:
         self._lock = threading.Lock()
         self._sessions: dict[int, Any] = {}
         self._pool: ThreadPoolExecutor | None = None
+        self._callers = 0
 
     def _forked(self) -> None:
         # A session's threads do not survive a fork, and destroying it would wait for them for
@@ -166,7 +168,14 @@ class CpuExecution:
             return self._sessions[threads]
 
     def run(self, ids: IdArray) -> Logits:
-        return self._compute(self._session(self._threads), ids)
+        with self._lock:
+            self._callers += 1
+            alone = self._callers == 1
+        try:
+            return self._compute(self._session(self._threads if alone else 1), ids)
+        finally:
+            with self._lock:
+                self._callers -= 1
 
     def submit(self, batch: Sequence[IdArray]) -> list[Future[Logits]]:
         # A lone conversation gets all threads, unless that would open a second session for it.
