@@ -48,7 +48,8 @@ def test_the_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFix
 
     rows = [json.loads(line) for line in (TRAINING / "data/de.jsonl").read_text("utf-8").split("\n")
             if line]  # fmt: skip
-    rows[3]["label"] = "non-refusal"
+    for row in rows[:4]:
+        row["label"] = "non-refusal"
     rows[5]["messages"][-1]["content"] = rows[6]["messages"][-1]["content"]
     rows[9]["messages"].pop()
     rows[11]["messages"] = [{"role": m["role"], "content": "не по-немецки"}
