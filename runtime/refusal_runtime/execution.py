@@ -128,8 +128,8 @@ class CpuExecution:
     """Exact-length execution on CPU; thread-safe and usable after a fork.
 
     Sessions are opened at first use. A conversation on its own gets one session with all threads;
-    several at once, of one call or of several callers, run in a session with one thread for each,
-    those of one call longest first. Thread counts do not change the logits.
+    the conversations of a batch, and those of callers at once, run in a session with one thread for
+    each, a batch longest first. Thread counts do not change the logits.
 
     Args:
         path: The ONNX file.
@@ -150,6 +150,8 @@ class CpuExecution:
         self._lock = threading.Lock()
         self._sessions: dict[int, Any] = {}
         self._pool: ThreadPoolExecutor | None = None
+        # Not the lock above, which is held while a session opens.
+        self._counting = threading.Lock()
         self._callers = 0
 
     def _forked(self) -> None:
@@ -168,13 +170,13 @@ class CpuExecution:
             return self._sessions[threads]
 
     def run(self, ids: IdArray) -> Logits:
-        with self._lock:
+        with self._counting:
             self._callers += 1
             alone = self._callers == 1
         try:
             return self._compute(self._session(self._threads if alone else 1), ids)
         finally:
-            with self._lock:
+            with self._counting:
                 self._callers -= 1
 
     def submit(self, batch: Sequence[IdArray]) -> list[Future[Logits]]:
