@@ -26,7 +26,7 @@ from common import environment, save
 from onnx import TensorProto, helper, numpy_helper
 
 from refusal_runtime import RefusalClassifier, hardware
-from refusal_runtime.execution import CpuExecution
+from refusal_runtime.execution import CpuExecution, session_options
 
 TOKENS = 128
 _LENGTHS = (TOKENS, 512)
@@ -157,18 +157,11 @@ def measure_product(
 
 def open_model(model: bytes | str, threads: int, *, profile_prefix: str = "") -> Any:
     """Opens a session as the runtime does, with profiling if a prefix for its file is given."""
-    ort = hardware.onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = session_options(threads)
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix
+    ort = hardware.onnxruntime()
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -63,7 +63,7 @@ class Augmenter:
                 messages.insert(0, {"role": "system", "content": prompt})
         if rng.random() < _NO_ACCENTS:
             for message in messages:
-                message["content"] = no_accents(message["content"], rng) or message["content"]
+                message["content"] = no_accents(message["content"], rng)
         return messages
 
     def _earlier(self, language: str, rng: random.Random) -> Messages:

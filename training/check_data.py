@@ -67,7 +67,7 @@ TELLING = {
 }  # fmt: skip
 # Words of formats and code may be Latin anywhere, so a conversation need only be mostly in script.
 LEAST_IN_SCRIPT = 0.5
-UNEVEN = 0.02  # most that the labels of a file may differ by, as a share of its conversations
+UNEVEN = 0.01  # most that the labels of a file may differ by, as a share of its conversations
 NEAR = 0.7  # Jaccard similarity of 5-character shingles from which two replies are called alike
 
 

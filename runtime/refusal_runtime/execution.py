@@ -86,11 +86,9 @@ def open_graph(
     return CpuExecution(path, threads)
 
 
-def open_session(path: Path, providers: Sequence[str], threads: int) -> Any:
-    """Opens an onnxruntime session and makes sure that it runs where it was told to."""
+def session_options(threads: int) -> Any:
+    """Returns the onnxruntime options of every session: how it computes with `threads` threads."""
     ort = onnxruntime()
-    if _CUDA in providers and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # finds the CUDA libraries that pip packages bring
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -104,6 +102,15 @@ def open_session(path: Path, providers: Sequence[str], threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
+
+
+def open_session(path: Path, providers: Sequence[str], threads: int) -> Any:
+    """Opens an onnxruntime session and makes sure that it runs where it was told to."""
+    ort = onnxruntime()
+    if _CUDA in providers and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds the CUDA libraries that pip packages bring
+    options = session_options(threads)
     try:
         session = ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions have no common public base
